@@ -1,0 +1,79 @@
+"""Low-Rank Sparse Attention for TransformerLens: see what an attention layer really does.
+
+The names below are imported when they are first used, so that `import lorsa_lens` stays light.
+
+    >>> from lorsa_lens import Lorsa, splice
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from lorsa_lens.config import AttentionSpec, ConfigError, LorsaConfig
+    from lorsa_lens.functional.code import Code
+    from lorsa_lens.hosts import UnsupportedAttentionError
+    from lorsa_lens.interventions import scale_heads, set_heads, steer_heads, zero_heads
+    from lorsa_lens.io.pretrained import LoadError
+    from lorsa_lens.lorsa import Lorsa
+    from lorsa_lens.splice import (
+        Splice,
+        run_with_cache_with_lorsas,
+        run_with_hooks_with_lorsas,
+        run_with_lorsas,
+        splice,
+        spliced_lorsas,
+    )
+
+_HOMES = {
+    "AttentionSpec": "config",
+    "ConfigError": "config",
+    "LorsaConfig": "config",
+    "Code": "functional.code",
+    "UnsupportedAttentionError": "hosts",
+    "scale_heads": "interventions",
+    "set_heads": "interventions",
+    "steer_heads": "interventions",
+    "zero_heads": "interventions",
+    "LoadError": "io.pretrained",
+    "Lorsa": "lorsa",
+    "Splice": "splice",
+    "run_with_cache_with_lorsas": "splice",
+    "run_with_hooks_with_lorsas": "splice",
+    "run_with_lorsas": "splice",
+    "splice": "splice",
+    "spliced_lorsas": "splice",
+}
+
+__all__ = [
+    "AttentionSpec",
+    "Code",
+    "ConfigError",
+    "LoadError",
+    "Lorsa",
+    "LorsaConfig",
+    "Splice",
+    "UnsupportedAttentionError",
+    "run_with_cache_with_lorsas",
+    "run_with_hooks_with_lorsas",
+    "run_with_lorsas",
+    "scale_heads",
+    "set_heads",
+    "splice",
+    "spliced_lorsas",
+    "steer_heads",
+    "zero_heads",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lorsa_lens' has no attribute {name!r}")
+    value = getattr(import_module(f"lorsa_lens.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,1 @@
+"""Pure tensor functions: what a Lorsa computes, without parameters, hooks or models."""

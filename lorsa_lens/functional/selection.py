@@ -1,0 +1,115 @@
+"""Which heads stay at a token, judged by how much they would write.
+
+No gradient flows through the writing norms: they decide what stays, not what it is worth.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from lorsa_lens.functional.code import Code, compact
+
+
+def writing_norms(W_O: Float[Tensor, "ov_head d_model"]) -> Float[Tensor, " ov_head"]:
+    """`||w_O||` of every head, outside the autograd graph."""
+    return W_O.detach().norm(dim=-1)
+
+
+def select_topk(
+    acts: Float[Tensor, "batch pos ov_head"],
+    norms: Float[Tensor, " ov_head"],
+    k: int,
+    *,
+    positive: bool = False,
+) -> Code:
+    """The `k` heads of each token that write most: the largest `|z| * ||w_O||`.
+
+    Args:
+        acts: pre-activations z.
+        norms: writing norms.
+        k: how many stay.
+        positive: only positive z count, by `relu(z) * ||w_O||`.
+    """
+    acts = acts.relu() if positive else acts
+    scores = acts.detach().abs().mul_(norms)
+    indices = scores.topk(k, dim=-1, sorted=False).indices
+    return Code(acts.gather(-1, indices), indices)
+
+
+def batch_threshold(
+    acts: Float[Tensor, "batch pos ov_head"], norms: Float[Tensor, " ov_head"], k: int
+) -> Float[Tensor, ""]:
+    """The score of the last head that stays when a batch keeps `k` heads per token on average.
+
+    That is BatchTopK (arXiv 2412.06410) with scores `|z| * ||w_O||`.
+    """
+    scores = (acts.detach().abs() * norms).flatten()
+    n_kept = min(k * acts.shape[0] * acts.shape[1], scores.numel())
+    return scores.topk(n_kept, sorted=False).values.min()
+
+
+def select_above(
+    acts: Float[Tensor, "batch pos ov_head"],
+    norms: Float[Tensor, " ov_head"],
+    threshold: Float[Tensor, ""],
+) -> Code:
+    """Heads whose `|z| * ||w_O||` reaches a threshold common to all."""
+    return compact(acts, acts.detach().abs() * norms >= threshold)
+
+
+def select_positive(acts: Float[Tensor, "batch pos ov_head"]) -> Code:
+    """Every head with positive z."""
+    return compact(acts, acts > 0)
+
+
+def select_jumprelu(
+    acts: Float[Tensor, "batch pos ov_head"],
+    norms: Float[Tensor, " ov_head"],
+    thresholds: Float[Tensor, " ov_head"],
+    bandwidth: float,
+) -> Code:
+    """Heads whose `z * ||w_O||` exceeds their own threshold (JumpReLU, arXiv 2407.14435).
+
+    Args:
+        acts: pre-activations z.
+        norms: writing norms.
+        thresholds: positive, in units of `z * ||w_O||`.
+        bandwidth: width of the window around the threshold in which it receives gradient.
+    """
+    scores = acts.detach() * norms
+    stays = scores > thresholds
+    if torch.is_grad_enabled() and thresholds.requires_grad:
+        # Heads just below their threshold stay with value 0, so that it receives their gradient.
+        candidates = scores > thresholds.detach() - bandwidth / 2
+    else:
+        candidates = stays
+    jumped: Tensor = _JumpReLU.apply(acts, norms, thresholds, bandwidth)
+    return compact(jumped, candidates)
+
+
+class _JumpReLU(torch.autograd.Function):
+    """`z * [z * norm > threshold]`, with the rectangle kernel's gradient for the threshold."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, acts: Tensor, norms: Tensor, thresholds: Tensor, bandwidth: float
+    ) -> Tensor:
+        scores = acts * norms
+        ctx.save_for_backward(acts, norms, thresholds)
+        ctx.bandwidth = bandwidth  # type: ignore[attr-defined]
+        return acts * (scores > thresholds)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None, Tensor, None]:
+        (grad,) = grads
+        acts, norms, thresholds = ctx.saved_tensors
+        scores = acts * norms
+        near = (scores - thresholds).abs() < ctx.bandwidth / 2
+        # d/d threshold of z H(z n - threshold) is -z delta(z n - threshold), and z = threshold / n
+        # where the delta is.
+        jump = thresholds / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        grad_thresholds = -(jump / ctx.bandwidth) * (grad * near).sum((0, 1))
+        return grad * (scores > thresholds), None, grad_thresholds, None

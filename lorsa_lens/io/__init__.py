@@ -1,0 +1,1 @@
+"""Lorsas on disk and on the hub."""

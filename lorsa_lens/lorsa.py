@@ -1,0 +1,455 @@
+"""The Lorsa module: parameters, hook points, and the forward pass in its sparse form."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lorsa_lens.config import LorsaConfig
+from lorsa_lens.functional import selection
+from lorsa_lens.functional.attention import (
+    attend,
+    attention_pattern,
+    attention_scores,
+    mix_values,
+)
+from lorsa_lens.functional.code import (
+    Code,
+    compact,
+    decode,
+    decode_dense,
+    keep_all,
+    to_dense,
+)
+from lorsa_lens.functional.masks import AttentionMask, plain_alibi_slopes
+from lorsa_lens.functional.norm import qk_rms_norm
+from lorsa_lens.functional.rotary import plain_frequencies, rotary_angles, rotate
+from lorsa_lens.hook_points import HookedRootModule, HookPoint, fire, is_hooked
+
+if TYPE_CHECKING:
+    from lorsa_lens.lift import Init
+
+THRESHOLD_MOMENTUM = 0.99
+"""`batchtopk`: how much of the inference threshold survives a training batch."""
+
+
+class LorsaState(NamedTuple):
+    """Keys and values of the tokens so far: what a Lorsa keeps in a KV cache."""
+
+    k: Float[Tensor, "batch key n_qk_heads d_qk_head"]
+    """Keys, rotated."""
+
+    v: Float[Tensor, "batch key n_ov_heads"]
+    """Values `x w_V + b_V`."""
+
+
+class Lorsa(HookedRootModule):
+    """Low-Rank Sparse Attention: an overcomplete, sparse stand-in for an attention layer.
+
+    With `h(i) = i // cfg.group_size` the query-key circuit of rank-1 head i (arXiv 2504.20938,
+    section 3):
+
+        q = rot(norm(x W_Q + b_Q)),  k = rot(norm(x W_K + b_K))
+        A = softmax(mask(cap(q k^T / attn_scale + bias)))
+        v^i = x w_V^i + b_V^i
+        z_pre^i[q] = sum_k A^h(i)[q, k] v^i[k]
+        z = select(z_pre)
+        out = sum_i z^i w_O^i + b_O
+
+    Codes, scores and patterns are dense tensors only while one of their hook points has a hook:
+    `hook_attn_scores` and `hook_pattern` [batch, n_qk_heads, query, key], `hook_acts_post`
+    [batch, pos, n_ov_heads]. The others always fire: `hook_q`, `hook_k`, `hook_rot_q`,
+    `hook_rot_k` [batch, pos, n_qk_heads, d_qk_head], `hook_values`, `hook_acts_pre`
+    [batch, pos, n_ov_heads], `hook_recons` [batch, pos, d_model]. An edit at any of them takes
+    effect. As on any TransformerLens model, `run_with_cache`, `run_with_hooks` and `hooks` work.
+
+    Args:
+        cfg: what to build.
+        device: where the parameters live.
+
+    Example:
+        >>> cfg = LorsaConfig(d_model=64, n_qk_heads=4, d_qk_head=16, n_ov_heads=256, k=8)
+        >>> lorsa = Lorsa(cfg)
+        >>> code = lorsa.encode(torch.randn(1, 10, 64))
+        >>> code.values.shape, code.indices.shape
+        (torch.Size([1, 10, 8]), torch.Size([1, 10, 8]))
+    """
+
+    W_Q: Float[nn.Parameter, "n_qk_heads d_model d_qk_head"]
+    W_K: Float[nn.Parameter, "n_qk_heads d_model d_qk_head"]
+    W_V: Float[nn.Parameter, "n_ov_heads d_model"]
+    W_O: Float[nn.Parameter, "n_ov_heads d_model"]
+    b_Q: Float[nn.Parameter, "n_qk_heads d_qk_head"]
+    b_K: Float[nn.Parameter, "n_qk_heads d_qk_head"]
+    b_V: Float[nn.Parameter, " n_ov_heads"]
+    b_O: Float[nn.Parameter, " d_model"]
+    q_norm: Float[nn.Parameter, "n_qk_heads d_qk_head"]
+    k_norm: Float[nn.Parameter, "n_qk_heads d_qk_head"]
+    log_threshold: Float[nn.Parameter, " n_ov_heads"]
+    threshold: Float[Tensor, ""]
+
+    def __init__(self, cfg: LorsaConfig, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.cfg = cfg
+        dtype = getattr(torch, cfg.dtype)
+
+        def parameter(*shape: int, std: float = 0.0, mean: float = 0.0) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(mean, std))
+
+        qk_shape, std = (cfg.n_qk_heads, cfg.d_qk_head), cfg.d_model**-0.5
+        self.W_Q = parameter(cfg.n_qk_heads, cfg.d_model, cfg.d_qk_head, std=std)
+        self.W_K = parameter(cfg.n_qk_heads, cfg.d_model, cfg.d_qk_head, std=std)
+        self.W_V = parameter(cfg.n_ov_heads, cfg.d_model, std=std)
+        self.W_O = parameter(cfg.n_ov_heads, cfg.d_model, std=std)
+        self.b_Q, self.b_K = parameter(*qk_shape), parameter(*qk_shape)
+        self.b_V, self.b_O = parameter(cfg.n_ov_heads), parameter(cfg.d_model)
+        if cfg.qk_norm is not None:
+            self.q_norm, self.k_norm = parameter(*qk_shape, mean=1.0), parameter(*qk_shape, mean=1.0)
+        if cfg.act_fn == "jumprelu":
+            log_threshold = torch.tensor(cfg.jumprelu_init_threshold).log().item()
+            self.log_threshold = parameter(cfg.n_ov_heads, mean=log_threshold)
+        if cfg.act_fn == "batchtopk":
+            # 0 until the first training batch has set it: then each token keeps its own top k.
+            self.register_buffer("threshold", torch.zeros((), device=device, dtype=dtype))
+
+        self.hook_q, self.hook_k = HookPoint(), HookPoint()
+        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
+        self.hook_attn_scores, self.hook_pattern = HookPoint(), HookPoint()
+        self.hook_values = HookPoint()
+        self.hook_acts_pre, self.hook_acts_post = HookPoint(), HookPoint()
+        self.hook_recons = HookPoint()
+        self._muted = False
+        self.setup()
+        self.eval()
+
+    # ------------------------------------------------------------------------------- the passes
+
+    def forward(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        *,
+        qk_input: Float[Tensor, "batch pos d_model"] | None = None,
+        positions: Int[Tensor, "#batch pos"] | None = None,
+        keep: Bool[Tensor, "batch #pos key"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """What the Lorsa writes at each position.
+
+        Args:
+            x: what the attention layer receives.
+            qk_input: what queries and keys read, where that differs (shortformer). None: `x`.
+            positions: position of each token, for rotary embeddings. None: 0, 1, 2, ...
+            keep: keys that may be seen (padding is not), for each query or for all alike.
+
+        Raises:
+            ValueError: if `x` is no [batch, pos, d_model] tensor.
+        """
+        return self.step(x, qk_input=qk_input, positions=positions, keep=keep)[0]
+
+    def step(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        *,
+        qk_input: Float[Tensor, "batch pos d_model"] | None = None,
+        positions: Int[Tensor, "#batch pos"] | None = None,
+        keep: Bool[Tensor, "batch #pos key"] | None = None,
+        past: LorsaState | None = None,
+    ) -> tuple[Float[Tensor, "batch pos d_model"], LorsaState]:
+        """`forward` for the tokens after those in `past`, and the state including them.
+
+        Args:
+            x: as in `forward`, for the new tokens only.
+            qk_input: as in `forward`.
+            positions: as in `forward`. None: counted on from `past`.
+            keep: as in `forward`; its keys are those of `past`, then the new ones.
+            past: the state that the step before returned.
+        """
+        acts_pre, state = self._pre_activations(x, qk_input, positions, keep, past)
+        acts = self._select(acts_pre)
+        if isinstance(acts, Code):
+            recons = decode(acts, self.W_O)
+        else:
+            recons = decode_dense(acts, self.W_O)
+        return self._fire(self.hook_recons, recons + self.b_O), state
+
+    def encode(self, x: Float[Tensor, "batch pos d_model"], **context: Any) -> Code:
+        """Which heads stay at each position, and with what activation.
+
+        Args:
+            x: as in `forward`.
+            **context: `qk_input`, `positions`, `keep`, as in `forward`.
+        """
+        acts = self._select(self._pre_activations(x, **context)[0])
+        return acts if isinstance(acts, Code) else compact(acts, acts != 0)
+
+    def decode(self, code: Code) -> Float[Tensor, "batch pos d_model"]:
+        """`sum_i z^i w_O^i + b_O` over the heads of a code."""
+        return decode(code, self.W_O) + self.b_O
+
+    def pattern(
+        self, x: Float[Tensor, "batch pos d_model"], qk_heads: Sequence[int], **context: Any
+    ) -> Float[Tensor, "batch qk_head query key"]:
+        """Attention patterns of chosen query-key circuits; the others' are not formed.
+
+        Args:
+            x: as in `forward`.
+            qk_heads: which circuits.
+            **context: `qk_input`, `positions`, `keep`, as in `forward`.
+        """
+        q, k, _, mask = self._project(x, **context)
+        return attention_pattern(self._scores(q, k, mask, qk_heads))
+
+    def z_pattern(
+        self, x: Float[Tensor, "batch pos d_model"], ov_heads: Sequence[int], **context: Any
+    ) -> Float[Tensor, "batch ov_head query key"]:
+        """What each source token contributes to chosen heads: `A[q, k] v[k]`.
+
+        Over the keys it sums to the head's pre-activation at the query.
+
+        Args:
+            x: as in `forward`.
+            ov_heads: which rank-1 heads.
+            **context: `qk_input`, `positions`, `keep`, as in `forward`.
+        """
+        q, k, v, mask = self._project(x, **context)
+        circuits = [head // self.cfg.group_size for head in ov_heads]
+        pattern = attention_pattern(self._scores(q, k, mask, circuits)).to(v.dtype)
+        return einsum(pattern, v[..., list(ov_heads)], "b head q k, b k head -> b head q k")
+
+    # ------------------------------------------------------------------------------- the parts
+
+    def _project(
+        self,
+        x: Tensor,
+        qk_input: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: Tensor | None = None,
+        past: LorsaState | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, AttentionMask]:
+        """Queries, keys and values with those of the past, and who sees whom."""
+        cfg = self.cfg
+        self._check_input("x", x)
+        if qk_input is not None:
+            self._check_input("qk_input", qk_input)
+        n_past = 0 if past is None else past.k.shape[1]
+        n_new = x.shape[1]
+        source = x if qk_input is None else qk_input
+        q = self._fire(self.hook_q, self._queries(source, self.W_Q, self.b_Q))
+        k = self._fire(self.hook_k, self._queries(source, self.W_K, self.b_K))
+        v = self._fire(self.hook_values, nn.functional.linear(x, self.W_V, self.b_V))
+        if cfg.qk_norm is not None:
+            q = qk_rms_norm(q, self.q_norm, eps=cfg.qk_norm_eps, over=cfg.qk_norm)
+            k = qk_rms_norm(k, self.k_norm, eps=cfg.qk_norm_eps, over=cfg.qk_norm)
+        if cfg.rotated_dim:
+            if positions is None:
+                positions = torch.arange(n_past, n_past + n_new, device=x.device)[None]
+            cos, sin = self._angles(positions)
+            q = rotate(q, cos, sin, adjacent_pairs=cfg.rotary_adjacent_pairs)
+            k = rotate(k, cos, sin, adjacent_pairs=cfg.rotary_adjacent_pairs)
+        q, k = self._fire(self.hook_rot_q, q), self._fire(self.hook_rot_k, k)
+        if past is not None:
+            k, v = torch.cat((past.k, k), dim=1), torch.cat((past.v, v), dim=1)
+        mask = AttentionMask(
+            n_new,
+            n_past + n_new,
+            causal=cfg.attention_dir == "causal",
+            window=cfg.window_size,
+            keep=keep,
+        )
+        return q, k, v, mask
+
+    def _queries(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Queries or keys of all circuits by one matrix product."""
+        flat = nn.functional.linear(
+            x, rearrange(weight, "h m d -> (h d) m"), rearrange(bias, "h d -> (h d)")
+        )
+        return rearrange(flat, "b s (h d) -> b s h d", h=self.cfg.n_qk_heads)
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        cfg = self.cfg
+        frequencies = cfg.rotary_frequencies or plain_frequencies(cfg.rotated_dim, cfg.rotary_base)
+        dtype = getattr(torch, cfg.rotary_dtype)
+        return rotary_angles(positions, frequencies, scale=cfg.rotary_scale, dtype=dtype)
+
+    def _slopes(self) -> Tensor | None:
+        cfg = self.cfg
+        if cfg.positional_embedding_type != "alibi":
+            return None
+        slopes = cfg.alibi_slopes or plain_alibi_slopes(cfg.n_qk_heads)
+        return torch.tensor(slopes, device=self.W_Q.device, dtype=self.W_Q.dtype)
+
+    def _scores(
+        self, q: Tensor, k: Tensor, mask: AttentionMask, circuits: Sequence[int] | None = None
+    ) -> Tensor:
+        """Scores of all circuits, or of chosen ones only."""
+        slopes = self._slopes()
+        if circuits is not None:
+            self._check_heads(circuits, self.cfg.n_qk_heads)
+            chosen = list(circuits)
+            q, k = q[:, :, chosen], k[:, :, chosen]
+            slopes = None if slopes is None else slopes[chosen]
+        return attention_scores(
+            q,
+            k,
+            mask,
+            divisor=self.cfg.score_divisor,
+            soft_cap=self.cfg.attn_scores_soft_cap,
+            alibi_slopes=slopes,
+        )
+
+    def _pre_activations(
+        self,
+        x: Tensor,
+        qk_input: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: Tensor | None = None,
+        past: LorsaState | None = None,
+    ) -> tuple[Tensor, LorsaState]:
+        """Every head's z before selection: without patterns, unless one is looked at."""
+        q, k, v, mask = self._project(x, qk_input, positions, keep, past)
+        if self._watched(self.hook_attn_scores) or self._watched(self.hook_pattern):
+            scores = self._fire(self.hook_attn_scores, self._scores(q, k, mask))
+            pattern = self._fire(self.hook_pattern, attention_pattern(scores).to(v.dtype))
+            acts_pre = mix_values(pattern, v)
+        else:
+            acts_pre = attend(
+                q,
+                k,
+                v,
+                mask,
+                divisor=self.cfg.score_divisor,
+                soft_cap=self.cfg.attn_scores_soft_cap,
+                alibi_slopes=self._slopes(),
+            )
+        return self._fire(self.hook_acts_pre, acts_pre), LorsaState(k, v)
+
+    def _select(self, acts_pre: Tensor) -> Code | Tensor:
+        """The activations that stay: a code, or a dense tensor if they are looked at."""
+        code = self._code(acts_pre)
+        if not self._watched(self.hook_acts_post):
+            return code
+        return self._fire(self.hook_acts_post, to_dense(code, self.cfg.n_ov_heads))
+
+    def _code(self, acts_pre: Tensor) -> Code:
+        cfg = self.cfg
+        if cfg.act_fn == "relu":
+            return selection.select_positive(acts_pre)
+        if cfg.k is None and cfg.act_fn == "topk":
+            return keep_all(acts_pre)
+        if cfg.k is None and cfg.act_fn == "topk_relu":
+            return keep_all(acts_pre.relu())
+        norms = selection.writing_norms(self.W_O)
+        if cfg.act_fn == "jumprelu":
+            thresholds = self.log_threshold.exp()
+            return selection.select_jumprelu(acts_pre, norms, thresholds, cfg.jumprelu_bandwidth)
+        assert cfg.k is not None  # the configuration has checked it
+        if cfg.act_fn == "batchtopk":
+            if self.training:
+                threshold = selection.batch_threshold(acts_pre, norms, cfg.k)
+                self._learn_threshold(threshold)
+                return selection.select_above(acts_pre, norms, threshold)
+            if self.threshold > 0:
+                return selection.select_above(acts_pre, norms, self.threshold)
+        return selection.select_topk(acts_pre, norms, cfg.k, positive=cfg.act_fn == "topk_relu")
+
+    @torch.no_grad()
+    def _learn_threshold(self, threshold: Tensor) -> None:
+        if self.threshold > 0:
+            threshold = self.threshold.lerp(threshold, 1 - THRESHOLD_MOMENTUM)
+        self.threshold.copy_(threshold)
+
+    # --------------------------------------------------------------------------- hooks and checks
+
+    @contextmanager
+    def hooks_muted(self) -> Iterator[None]:
+        """Within, hook points are passed by: the clean pass beside one with interventions."""
+        before, self._muted = self._muted, True
+        try:
+            yield
+        finally:
+            self._muted = before
+
+    def has_hooks(self) -> bool:
+        """Whether any of the Lorsa's hook points has a hook."""
+        return any(is_hooked(hook_point) for hook_point in self.hook_dict.values())
+
+    def _fire(self, hook_point: HookPoint, tensor: Tensor) -> Tensor:
+        return tensor if self._muted else fire(hook_point, tensor)
+
+    def _watched(self, hook_point: HookPoint) -> bool:
+        return not self._muted and is_hooked(hook_point)
+
+    def _check_input(self, name: str, x: Tensor) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.cfg.d_model:
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}: a Lorsa of d_model = {self.cfg.d_model} "
+                f"reads [batch, pos, {self.cfg.d_model}]"
+            )
+
+    @staticmethod
+    def _check_heads(heads: Sequence[int], n_heads: int) -> None:
+        for head in heads:
+            if not 0 <= head < n_heads:
+                raise ValueError(f"head {head} is out of range: there are {n_heads}, from 0")
+
+    # ------------------------------------------------------------------------- made from and saved
+
+    @classmethod
+    def from_attention(
+        cls,
+        model: nn.Module,
+        layer: int,
+        *,
+        init: "Init | None" = None,
+        seed: int = 0,
+        **changes: Any,
+    ) -> "Lorsa":
+        """A Lorsa made from an attention layer: equal to it, or the start of training.
+
+        Args:
+            model: a HookedTransformer or a TransformerBridge.
+            layer: which layer.
+            init: `exact` (the layer itself), `tied`, `svd` or `random`: see `lorsa_lens.lift`.
+                None: `exact` if `n_qk_heads` and `n_ov_heads` are the layer's own, else `tied`.
+            seed: for what is drawn at random.
+            **changes: fields of the configuration to set otherwise, as `n_ov_heads=4096, k=64`.
+        """
+        from lorsa_lens.lift import lift
+
+        return lift(model, layer, init=init, seed=seed, **changes)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        revision: str | None = None,
+    ) -> "Lorsa":
+        """Load a Lorsa that `save_pretrained` wrote.
+
+        Args:
+            path: a folder, or the id of a repository on the Hugging Face hub
+                (`user/repo` or `user/repo/subfolder`).
+            device: where it goes.
+            dtype: precision to convert to. None: as saved.
+            revision: branch, tag or commit on the hub.
+        """
+        from lorsa_lens.io.pretrained import load_pretrained
+
+        return load_pretrained(path, device=device, dtype=dtype, revision=revision)
+
+    def save_pretrained(self, path: str | Path) -> Path:
+        """Write `config.json` and `lorsa.safetensors` to a folder, each atomically.
+
+        Returns:
+            The folder.
+        """
+        from lorsa_lens.io.pretrained import save_pretrained
+
+        return save_pretrained(self, path)

@@ -1,0 +1,38 @@
+"""The style sheet of a page.
+
+Figures assume a light background, so their cards stay light in the dark scheme. The rules for
+headings in cards make circuitsvis' labels fit; the last rule for cards widens its thumbnails,
+which are a twelfth of the figure otherwise.
+"""
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1c; --soft: #5c5c5c; --line: #d9d9d9;
+  --page: #fcfcfc; --band: #f1f1f1; }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e4e4e4; --soft: #a6a6a6; --line: #3c3c3c; --page: #171717; --band: #232323; }
+}
+body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
+  font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
+main { max-width: 52rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+main > h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1.5rem; }
+main > h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
+main > h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
+main > p { max-width: 42rem; margin: .75rem 0; overflow-wrap: anywhere; white-space: pre-line; }
+main > figure { margin: 1.25rem 0 2rem; }
+main > figure > figcaption { margin-top: .5rem; font-size: .85rem; color: var(--soft); }
+.card { background: #fff; color: #1c1c1c; color-scheme: light; border: 1px solid var(--line);
+  border-radius: 6px; padding: 1rem; overflow-wrap: anywhere; }
+.card h2, .card h3, .card h4 { font-weight: 600; line-height: 1.3; }
+.card h2 { font-size: .95rem; }
+.card h3 { font-size: .9rem; margin-top: 0; }
+.card h4 { font-size: .65rem; }
+.card h2, .card h4 { text-shadow: 0 0 2px #000a; }
+.card > div > div > h3 + div > div { flex: 0 0 6rem !important; max-width: 6rem !important; }
+.table { overflow-x: auto; margin: 1rem 0 1.5rem; }
+.table table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
+.table th, .table td { padding: .35rem .75rem; border-bottom: 1px solid var(--line);
+  text-align: left; vertical-align: top; }
+.table th { color: var(--soft); font-weight: 600; white-space: nowrap; }
+.table .number { text-align: right; }
+.table tbody tr:hover { background: var(--band); }
+"""

@@ -3,9 +3,13 @@
 import difflib
 import json
 import math
-from dataclasses import asdict, dataclass, fields, replace
+import sys
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from functools import cache
+from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 if TYPE_CHECKING:
     from torch import nn
@@ -33,6 +37,10 @@ class AttentionSpec:
 
     The names are TransformerLens's. One spec describes an attention layer of a model and a Lorsa
     alike; `LorsaConfig` adds sizes and selection.
+
+    Raises:
+        ConfigError: at construction, when a field has a value of the wrong type, a number that is
+            not positive and finite, or a name that is none of its choices.
     """
 
     positional_embedding_type: PositionalEmbeddingType = "standard"
@@ -86,6 +94,11 @@ class AttentionSpec:
 
     qk_norm_eps: float = 1e-6
     """Added to the mean square inside the RMS norm of queries and keys."""
+
+    def __post_init__(self) -> None:
+        """Check every field by its annotation, and keep its value as plain Python data."""
+        for name, hint in _annotations(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,21 +167,9 @@ class LorsaConfig(AttentionSpec):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be, naming the field, the value and the remedy."""
-        for name in ("d_model", "n_qk_heads", "d_qk_head", "n_ov_heads"):
-            _check_positive_int(name, getattr(self, name))
-        _check_choices(self)
-        _check_sizes(self)
-        _check_rotary(self)
-        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.n_qk_heads:
-            raise ConfigError(
-                f"alibi_slopes has {len(self.alibi_slopes)} entries, but there are "
-                f"n_qk_heads = {self.n_qk_heads}: give one slope for each, or None"
-            )
-        for name in ("attn_scale", "attn_scores_soft_cap", "rotary_base", "qk_norm_eps",
-                     "jumprelu_bandwidth", "jumprelu_init_threshold", "rotary_scale"):  # fmt: skip
-            value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{name} = {value} must be a positive number")
+        super().__post_init__()
+        _check_heads(self)
+        _check_positions(self)
 
     @property
     def group_size(self) -> int:
@@ -191,13 +192,18 @@ class LorsaConfig(AttentionSpec):
     def hook_in(self) -> str:
         """Name of the activation that the Lorsa reads, as `blocks.5.attn.hook_in`."""
         site = {"attn_in": "attn.hook_in", "ln1_normalized": "ln1.hook_normalized"}
-        return f"blocks.{self.layer}.{site[self.input_site]}"
+        return self._hook_name(site[self.input_site])
 
     @property
     def hook_out(self) -> str:
         """Name of the activation that the Lorsa replaces, as `blocks.5.attn.hook_out`."""
         site = {"attn_out": "attn.hook_out", "hook_attn_out": "hook_attn_out"}
-        return f"blocks.{self.layer}.{site[self.output_site]}"
+        return self._hook_name(site[self.output_site])
+
+    def _hook_name(self, site: str) -> str:
+        if self.layer is None:
+            raise ConfigError("layer = None, so no activation has a name: give a layer")
+        return f"blocks.{self.layer}.{site}"
 
     def replace(self, **changes: Any) -> "LorsaConfig":
         """The same configuration with some fields changed, validated anew."""
@@ -228,16 +234,16 @@ class LorsaConfig(AttentionSpec):
         known = {field.name for field in fields(cls)}
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=3)
+                near = difflib.get_close_matches(str(key), known, n=3)
                 hint = f": did you mean {' or '.join(near)}?" if near else ""
                 raise ConfigError(f"unknown key {key!r} in a LorsaConfig{hint}")
+        required = {field.name for field in fields(cls) if field.default is MISSING}
+        if missing := sorted(required - set(values)):
+            raise ConfigError(f"incomplete LorsaConfig: it lacks {', '.join(missing)}")
         for key in ("rotary_frequencies", "alibi_slopes"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise ConfigError(f"incomplete LorsaConfig: {error}") from None
+        return cls(**values)
 
     def to_json(self) -> str:
         """The text of a `config.json`."""
@@ -256,7 +262,10 @@ class LorsaConfig(AttentionSpec):
             raise ConfigError(f"{path} is no JSON: {error}") from None
         if not isinstance(values, dict):
             raise ConfigError(f"{path} holds {type(values).__name__}, not a JSON object")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from None
 
     @classmethod
     def from_attention(cls, model: "nn.Module", layer: int, **changes: Any) -> "LorsaConfig":
@@ -275,66 +284,87 @@ class LorsaConfig(AttentionSpec):
         return exact_config(model, layer).replace(**changes)
 
 
-def _check_positive_int(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{name} = {value!r} must be a positive integer")
+_annotations = cache(get_type_hints)
 
 
-def _check_choices(cfg: LorsaConfig) -> None:
-    choices = {
-        "act_fn": ActFn, "positional_embedding_type": PositionalEmbeddingType,
-        "attention_dir": AttentionDir, "rotary_dtype": RotaryDtype, "input_site": InputSite,
-        "output_site": OutputSite, "dtype": Dtype,
-    }  # fmt: skip
-    for name, choice in choices.items():
-        if getattr(cfg, name) not in get_args(choice):
-            raise ConfigError(f"{name} = {getattr(cfg, name)!r} must be one of {get_args(choice)}")
-    if cfg.qk_norm is not None and cfg.qk_norm not in get_args(QKNorm):
-        raise ConfigError(f"qk_norm = {cfg.qk_norm!r} must be one of {get_args(QKNorm)} or None")
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """A field's value, if it fits the annotation, as plain data that JSON can hold.
+
+    NumPy's numbers become Python's, lists tuples, and integers floats where a float is wanted.
+    """
+    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    if value is None and NoneType in kinds:
+        return None
+    kind, choices, lowest = kinds[0], get_args(kinds[0]), 0 if name == "layer" else 1
+    if get_origin(kind) is Literal:
+        fits, wanted = isinstance(value, str) and value in choices, f"one of {choices}"
+    elif get_origin(kind) is tuple:
+        fits = isinstance(value, list | tuple) and all(_is_finite(entry) for entry in value)
+        wanted = "a tuple of finite numbers"
+    elif kind is int:
+        fits = _is_finite(value) and isinstance(value, Integral) and value >= lowest
+        wanted = "a positive integer" if lowest else "an integer from 0"
+    elif kind is float:
+        fits, wanted = _is_finite(value) and value > 0, "a positive number"
+    else:
+        fits, wanted = isinstance(value, kind), "True or False" if kind is bool else "a string"
+    if not fits:
+        or_none = " or None" if NoneType in kinds else ""
+        raise ConfigError(f"{name} = {value!r} must be {wanted}{or_none}")
+    if get_origin(kind) is tuple:
+        return tuple(float(entry) for entry in value)
+    return kind(value) if kind in (int, float) else value
 
 
-def _check_sizes(cfg: LorsaConfig) -> None:
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number, Python's or NumPy's (true and false are none), and a finite one."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        return False
+    return bool(abs(value) <= sys.float_info.max)
+
+
+def _check_heads(cfg: LorsaConfig) -> None:
+    """Combinations of sizes and selection."""
     if cfg.n_ov_heads % cfg.n_qk_heads:
-        lower = cfg.n_ov_heads // cfg.n_qk_heads * cfg.n_qk_heads
         raise ConfigError(
             f"n_ov_heads = {cfg.n_ov_heads} must be a multiple of n_qk_heads = {cfg.n_qk_heads}: "
-            f"for example {lower or cfg.n_qk_heads} or {lower + cfg.n_qk_heads}"
+            f"for example {(cfg.group_size + 1) * cfg.n_qk_heads}"
         )
-    if cfg.k is not None:
-        _check_positive_int("k", cfg.k)
-        if cfg.k > cfg.n_ov_heads:
-            raise ConfigError(
-                f"k = {cfg.k} exceeds n_ov_heads = {cfg.n_ov_heads}: keep at most all heads, "
-                "or give k = None for all"
-            )
-        if cfg.act_fn in ("jumprelu", "relu"):
-            raise ConfigError(
-                f"k = {cfg.k} has no meaning with act_fn = {cfg.act_fn!r}: give k = None"
-            )
-    elif cfg.act_fn == "batchtopk":
+    if cfg.k is None and cfg.act_fn == "batchtopk":
         raise ConfigError("k = None with act_fn = 'batchtopk': give the mean number of heads")
-    if cfg.window_size is not None:
-        _check_positive_int("window_size", cfg.window_size)
-    if cfg.layer is not None and (not isinstance(cfg.layer, int) or cfg.layer < 0):
-        raise ConfigError(f"layer = {cfg.layer!r} must be an integer from 0, or None")
+    if cfg.k is not None and cfg.k > cfg.n_ov_heads:
+        raise ConfigError(
+            f"k = {cfg.k} exceeds n_ov_heads = {cfg.n_ov_heads}: keep at most all heads, "
+            "or give k = None for all"
+        )
+    if cfg.k is not None and cfg.act_fn in ("jumprelu", "relu"):
+        raise ConfigError(f"k = {cfg.k} has no meaning with act_fn = {cfg.act_fn!r}: give k = None")
 
 
-def _check_rotary(cfg: LorsaConfig) -> None:
-    if cfg.positional_embedding_type != "rotary":
-        if cfg.rotary_dim is not None or cfg.rotary_frequencies is not None:
+def _check_positions(cfg: LorsaConfig) -> None:
+    """Combinations of fields about positions."""
+    needs = {"rotary_dim": "rotary", "rotary_frequencies": "rotary", "alibi_slopes": "alibi"}
+    for name, kind in needs.items():
+        if getattr(cfg, name) is not None and cfg.positional_embedding_type != kind:
             raise ConfigError(
-                "rotary_dim and rotary_frequencies need positional_embedding_type = 'rotary', "
-                f"which is {cfg.positional_embedding_type!r}"
+                f"{name} needs positional_embedding_type = {kind!r}, "
+                f"which is {cfg.positional_embedding_type!r}: give {name} = None"
             )
+    if cfg.alibi_slopes is not None and len(cfg.alibi_slopes) != cfg.n_qk_heads:
+        raise ConfigError(
+            f"alibi_slopes has {len(cfg.alibi_slopes)} entries, but there are "
+            f"n_qk_heads = {cfg.n_qk_heads}: give one slope for each, or None"
+        )
+    if cfg.positional_embedding_type != "rotary":
         return
     if cfg.rotated_dim % 2 or not 2 <= cfg.rotated_dim <= cfg.d_qk_head:
         raise ConfigError(
             f"rotary_dim = {cfg.rotated_dim} must be even, and between 2 and "
             f"d_qk_head = {cfg.d_qk_head}"
         )
-    n_given = None if cfg.rotary_frequencies is None else len(cfg.rotary_frequencies)
-    if n_given is not None and n_given != cfg.rotated_dim // 2:
+    n_pairs = cfg.rotated_dim // 2
+    if cfg.rotary_frequencies is not None and len(cfg.rotary_frequencies) != n_pairs:
         raise ConfigError(
-            f"rotary_frequencies has {n_given} entries: give one for each of the "
-            f"{cfg.rotated_dim // 2} rotated pairs"
+            f"rotary_frequencies has {len(cfg.rotary_frequencies)} entries: give one for each of "
+            f"the {n_pairs} rotated pairs"
         )

@@ -109,7 +109,10 @@ class Lorsa(HookedRootModule):
         self.b_Q, self.b_K = parameter(*qk_shape), parameter(*qk_shape)
         self.b_V, self.b_O = parameter(cfg.n_ov_heads), parameter(cfg.d_model)
         if cfg.qk_norm is not None:
-            self.q_norm, self.k_norm = parameter(*qk_shape, mean=1.0), parameter(*qk_shape, mean=1.0)
+            self.q_norm, self.k_norm = (
+                parameter(*qk_shape, mean=1.0),
+                parameter(*qk_shape, mean=1.0),
+            )
         if cfg.act_fn == "jumprelu":
             log_threshold = torch.tensor(cfg.jumprelu_init_threshold).log().item()
             self.log_threshold = parameter(cfg.n_ov_heads, mean=log_threshold)

@@ -61,6 +61,7 @@ class Splice:
         self.model = model
         self.error_term = error_term
         self._sites: list[_Site] = []
+        self._removed = False
         try:
             for lorsa in chosen:
                 site = _Site(host, lorsa, error_term)
@@ -80,9 +81,10 @@ class Splice:
         while self._sites:
             self._sites[-1].detach()
             self._sites.pop()
+        self._removed = True
 
     def __enter__(self) -> "Splice":
-        if not self._sites:
+        if self._removed:
             raise RuntimeError("this splice was removed: make another with splice(model, lorsas)")
         return self
 

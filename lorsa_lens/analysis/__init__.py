@@ -1,0 +1,1 @@
+"""Reading heads: where they get what they write."""

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lorsa_lens.interventions import scale_heads, set_heads, steer_heads, zero_heads
     from lorsa_lens.io.pretrained import LoadError
     from lorsa_lens.lorsa import Lorsa
-    from lorsa_lens.splice import (
+    from lorsa_lens.splicing import (
         Splice,
         run_with_cache_with_lorsas,
         run_with_hooks_with_lorsas,
@@ -38,12 +38,12 @@ _HOMES = {
     "zero_heads": "interventions",
     "LoadError": "io.pretrained",
     "Lorsa": "lorsa",
-    "Splice": "splice",
-    "run_with_cache_with_lorsas": "splice",
-    "run_with_hooks_with_lorsas": "splice",
-    "run_with_lorsas": "splice",
-    "splice": "splice",
-    "spliced_lorsas": "splice",
+    "Splice": "splicing",
+    "run_with_cache_with_lorsas": "splicing",
+    "run_with_hooks_with_lorsas": "splicing",
+    "run_with_lorsas": "splicing",
+    "splice": "splicing",
+    "spliced_lorsas": "splicing",
 }
 
 __all__ = [

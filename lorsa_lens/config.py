@@ -3,13 +3,11 @@
 import difflib
 import json
 import math
-import sys
 from dataclasses import MISSING, asdict, dataclass, fields, replace
-from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
 
 if TYPE_CHECKING:
     from torch import nn
@@ -97,8 +95,9 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         """Check every field by its annotation, and keep its value as plain Python data."""
-        for name, hint in _annotations(type(self)).items():
-            object.__setattr__(self, name, _checked(name, getattr(self, name), hint))
+        for field in fields(self):
+            value = _checked(field.name, getattr(self, field.name), field.type)
+            object.__setattr__(self, field.name, value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -284,9 +283,6 @@ class LorsaConfig(AttentionSpec):
         return exact_config(model, layer).replace(**changes)
 
 
-_annotations = cache(get_type_hints)
-
-
 def _checked(name: str, value: Any, hint: Any) -> Any:
     """A field's value, if it fits the annotation, as plain data that JSON can hold.
 
@@ -302,7 +298,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         fits = isinstance(value, list | tuple) and all(_is_finite(entry) for entry in value)
         wanted = "a tuple of finite numbers"
     elif kind is int:
-        fits = _is_finite(value) and isinstance(value, Integral) and value >= lowest
+        fits = _is_finite(value, Integral) and value >= lowest
         wanted = "a positive integer" if lowest else "an integer from 0"
     elif kind is float:
         fits, wanted = _is_finite(value) and value > 0, "a positive number"
@@ -316,11 +312,14 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     return kind(value) if kind in (int, float) else value
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number, Python's or NumPy's (true and false are none), and a finite one."""
-    if not isinstance(value, Real) or isinstance(value, bool):
+def _is_finite(value: Any, kind: Any = Real) -> bool:
+    """Whether it is a finite number, Python's or NumPy's; true and false are none."""
+    if not isinstance(value, kind) or isinstance(value, bool):
         return False
-    return bool(abs(value) <= sys.float_info.max)
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer too large for a float
+        return False
 
 
 def _check_heads(cfg: LorsaConfig) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord, record_attention
-from lorsa_lens.splice import splice
+from lorsa_lens.splicing import splice
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,7 @@ splice with an error term, the output changes by exactly the change of the head'
 """
 
 from collections.abc import Callable, Sequence
+from operator import index as as_int
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def set_heads(
         values: a number, or a tensor that broadcasts to [batch, position, head] of those chosen.
         positions: as in `zero_heads`.
     """
-    return _edit(heads, positions, lambda acts: _like(values, acts).expand_as(acts))
+    return _edit(heads, positions, lambda acts: _like(values, acts))
 
 
 def steer_heads(
@@ -65,11 +66,22 @@ def steer_heads(
 
 
 def _like(values: float | Tensor, acts: Tensor) -> Tensor:
-    return torch.as_tensor(values, dtype=acts.dtype, device=acts.device)
+    """Values broadcast to activations."""
+    tensor = torch.as_tensor(values, dtype=acts.dtype, device=acts.device)
+    try:
+        return tensor.expand_as(acts)
+    except RuntimeError:
+        raise ValueError(
+            f"a tensor of shape {tuple(tensor.shape)} does not broadcast to the activations "
+            f"chosen, [batch, position, head] = {list(acts.shape)}"
+        ) from None
 
 
 def _edit(heads: Sequence[int], positions: Positions, change: Callable[[Tensor], Tensor]) -> Hook:
-    chosen = list(heads)
+    for name, given in (("heads", heads), ("positions", positions)):
+        if isinstance(given, int):
+            raise TypeError(f"{name} = {given} must be a sequence: give [{given}]")
+    chosen = [as_int(head) for head in heads]
 
     def hook(acts: Float[Tensor, "batch pos ov_head"], hook: Any) -> Tensor:
         where = getattr(hook, "name", "this hook point")
@@ -79,8 +91,9 @@ def _edit(heads: Sequence[int], positions: Positions, change: Callable[[Tensor],
         if isinstance(positions, slice):
             index = index[positions]
         elif positions is not None:
-            _check_range("positions", positions, -n_pos, n_pos, where)
-            index = index[list(positions)]
+            wanted = [as_int(position) for position in positions]
+            _check_range("positions", wanted, -n_pos, n_pos, where)
+            index = index[wanted]
         edited = acts.clone()
         edited[:, index[:, None], chosen] = change(acts[:, index[:, None], chosen])
         return edited

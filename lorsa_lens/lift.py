@@ -154,7 +154,7 @@ def _ov_heads(
         )
     if init == "random":
         shape = (cfg.n_ov_heads, d_model)
-        return tuple(_normal(shape, weights.W_V, generator) * d_model**-0.5 for _ in range(2))  # type: ignore[return-value]
+        return tuple(_normal(shape, weights.W_V, generator) * d_model**-0.5 for _ in range(2))
     circuit_heads = torch.arange(cfg.n_qk_heads) % n_heads
     W_V, W_O = weights.W_V[circuit_heads], weights.W_O[circuit_heads]
     mixture = _normal((cfg.n_qk_heads, cfg.group_size, d_head), W_O, generator)

@@ -58,7 +58,8 @@ def tell(subject: Subject, *, n_steps: int = 700, seed: int = 0, progress: bool 
     records = record_attention(model, subject.train_tokens, subject.layers, progress=progress)
     lorsas = []
     for layer in subject.layers:
-        lorsa = Lorsa.from_attention(model, layer, seed=seed, **subject.sizes)
+        sizes: dict[str, Any] = {**subject.sizes}
+        lorsa = Lorsa.from_attention(model, layer, seed=seed, **sizes)
         train(lorsa, records[layer], n_steps=n_steps, seed=seed, progress=progress)
         lorsas.append(lorsa)
     fidelity = evaluate(model, lorsas, subject.test_tokens, predicted=subject.predicted)

@@ -52,15 +52,21 @@ def attention_scores(
         scores = scores + alibi_bias(alibi_slopes.to(scores.dtype), distances)
     visible = mask.visible(queries, keys, q.device)
     if visible is not None:
-        scores = scores.masked_fill(~visible[:, None], -torch.inf)
+        scores = scores.masked_fill_(~visible[:, None], -torch.inf)  # a tensor of our own
     return scores
 
 
 def attention_pattern(
-    scores: Float[Tensor, "batch head query key"],
+    scores: Float[Tensor, "batch head query key"], *, blind: bool = True
 ) -> Float[Tensor, "batch head query key"]:
-    """Softmax over keys; a query that sees no key attends to nothing (zeros, no NaN)."""
-    return torch.softmax(scores, dim=-1).nan_to_num(nan=0.0)
+    """Softmax over keys.
+
+    Args:
+        scores: scores.
+        blind: some queries may see no key (padding): these attend to nothing, zeros and no NaN.
+    """
+    pattern = torch.softmax(scores, dim=-1)
+    return pattern.nan_to_num(nan=0.0) if blind else pattern
 
 
 def mix_values(
@@ -110,7 +116,7 @@ def attend(
             queries=(start, start + q_rows.shape[1]),
             keys=(first, first + k_seen.shape[1]),
         )
-        return mix_values(attention_pattern(scores), v_seen)
+        return mix_values(attention_pattern(scores, blind=mask.keep is not None), v_seen)
 
     batch, n_queries, n_heads, _ = q.shape
     rows = max(1, block_elements // max(1, batch * n_heads * mask.n_keys))

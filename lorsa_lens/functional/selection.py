@@ -3,7 +3,7 @@
 No gradient flows through the writing norms: they decide what stays, not what it is worth.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -15,7 +15,8 @@ from lorsa_lens.functional.code import Code, compact
 
 def writing_norms(W_O: Float[Tensor, "ov_head d_model"]) -> Float[Tensor, " ov_head"]:
     """`||w_O||` of every head, outside the autograd graph."""
-    return W_O.detach().norm(dim=-1)
+    norms: Tensor = torch.linalg.vector_norm(W_O.detach(), dim=-1)
+    return norms
 
 
 def select_topk(
@@ -86,7 +87,7 @@ def select_jumprelu(
         candidates = scores > thresholds.detach() - bandwidth / 2
     else:
         candidates = stays
-    jumped: Tensor = _JumpReLU.apply(acts, norms, thresholds, bandwidth)
+    jumped = cast(Tensor, _JumpReLU.apply(acts, norms, thresholds, bandwidth))  # type: ignore[no-untyped-call]
     return compact(jumped, candidates)
 
 

@@ -4,6 +4,7 @@ Loading reads safetensors and JSON only, nothing is unpickled, and every tensor'
 finiteness is checked before a Lorsa is returned.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from lorsa_lens.lorsa import Lorsa
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "lorsa.safetensors"
 
+PIECE_ELEMENTS = 2**20
+"""Numbers of a tensor that are read or checked at a time: 4 MB in float32."""
+
 
 class LoadError(ValueError):
     """Files that are no Lorsa, or a damaged one; the message says which and what is wrong."""
 
 
 def save_pretrained(lorsa: Lorsa, folder: str | Path) -> Path:
-    """Write a Lorsa to a folder: each file atomically, the weights first.
+    """Write a Lorsa to a folder: both files are complete before either takes its place.
 
     Raises:
         ValueError: if a weight is not finite; nothing is written then.
@@ -36,12 +40,15 @@ def save_pretrained(lorsa: Lorsa, folder: str | Path) -> Path:
     folder = Path(folder)
     tensors = {name: tensor.contiguous() for name, tensor in lorsa.state_dict().items()}
     for name, tensor in tensors.items():
-        _check_finite(name, tensor, "not saved")
+        for piece in _pieces(tensor):
+            _check_finite(name, tensor[piece], "not saved")
     cfg = lorsa.cfg.replace(dtype=str(lorsa.W_O.dtype).removeprefix("torch."))
-    with atomic_write(folder / WEIGHTS_FILE) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-    with atomic_write(folder / CONFIG_FILE) as temporary:
-        temporary.write_text(cfg.to_json(), encoding="utf-8")
+    with (
+        atomic_write(folder / CONFIG_FILE) as new_config,
+        atomic_write(folder / WEIGHTS_FILE) as new_weights,
+    ):
+        new_config.write_text(cfg.to_json(), encoding="utf-8")
+        save_file(tensors, new_weights, metadata={"format": "pt"})
     return folder
 
 
@@ -52,7 +59,7 @@ def load_pretrained(
     dtype: torch.dtype | None = None,
     revision: str | None = None,
 ) -> Lorsa:
-    """Load what `save_pretrained` wrote; one tensor at a time, so memory holds them once.
+    """Load what `save_pretrained` wrote, piece by piece, so that memory holds it once.
 
     Args:
         path: a folder, or an id on the Hugging Face hub (`user/repo` or `user/repo/subfolder`).
@@ -61,7 +68,7 @@ def load_pretrained(
         revision: branch, tag or commit on the hub.
 
     Raises:
-        FileNotFoundError: if there is no such folder, or no Lorsa in it.
+        FileNotFoundError: if there is no such folder, here or on the hub, or no Lorsa in it.
         LoadError: if the files are damaged or no Lorsa.
         ConfigError: if the configuration cannot be, or its format is newer than this release.
     """
@@ -72,38 +79,58 @@ def load_pretrained(
     cfg = LorsaConfig.from_json(folder / CONFIG_FILE)
     if dtype is not None:
         cfg = cfg.replace(dtype=str(dtype).removeprefix("torch."))
-    lorsa = Lorsa(cfg, device="meta").to_empty(device=device)
-    weights = folder / WEIGHTS_FILE
+    lorsa, weights = Lorsa(cfg, device="meta"), folder / WEIGHTS_FILE
     try:
-        with safe_open(weights, framework="pt", device=str(device)) as tensors, torch.no_grad():
-            _fill(lorsa, tensors, weights)
+        _check_contents(weights, lorsa.state_dict())
+        lorsa.to_empty(device=device)
+        for name, target in lorsa.state_dict().items():
+            _fill(target, name, weights)
     except SafetensorError as error:
         raise LoadError(f"{weights} is damaged or no safetensors file: {error}") from None
     return lorsa
 
 
-def _fill(lorsa: Lorsa, tensors: Any, path: Path) -> None:
-    """Copy every tensor of an open file into its place, checked."""
-    targets: dict[str, Tensor] = dict(lorsa.state_dict())
-    names = set(tensors.keys())
-    if names != set(targets):
-        missing, foreign = sorted(set(targets) - names), sorted(names - set(targets))
+def _check_contents(path: Path, targets: dict[str, Tensor]) -> None:
+    """Names, shapes and kinds of a file's tensors, before any of them is read."""
+    with safe_open(path, framework="pt") as tensors:
+        headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+    if set(headers) != set(targets):
+        missing, foreign = sorted(set(targets) - set(headers)), sorted(set(headers) - set(targets))
         raise LoadError(
             f"{path} does not fit its {CONFIG_FILE}: missing {missing or 'nothing'}, "
             f"unknown {foreign or 'nothing'}"
         )
-    for name, target in targets.items():
-        shape = tuple(tensors.get_slice(name).get_shape())
-        if shape != tuple(target.shape):
+    for name, header in headers.items():
+        shape, dtype = tuple(header.get_shape()), header.get_dtype()
+        if shape != tuple(targets[name].shape):
             raise LoadError(
-                f"{path}: {name} has shape {shape}, but {CONFIG_FILE} says {tuple(target.shape)}"
+                f"{path}: {name} has shape {shape}, but {CONFIG_FILE} says "
+                f"{tuple(targets[name].shape)}"
             )
-    for name, target in targets.items():
-        tensor = tensors.get_tensor(name)
-        if not tensor.is_floating_point():
-            raise LoadError(f"{path}: {name} holds {tensor.dtype}, not floating-point numbers")
-        _check_finite(name, tensor, f"read from {path}", LoadError)
-        target.copy_(tensor)
+        if not dtype.startswith(("F", "BF")):
+            raise LoadError(f"{path}: {name} holds {dtype}, not floating-point numbers")
+
+
+def _fill(target: Tensor, name: str, path: Path) -> None:
+    """Copy a tensor of a file into its place.
+
+    The file is opened anew for each piece: what was read of a mapped file counts as memory until
+    it is closed.
+    """
+    for piece in _pieces(target):
+        with safe_open(path, framework="pt") as tensors:
+            target[piece] = tensors.get_slice(name)[piece]
+        _check_finite(name, target[piece], f"read from {path} as {target.dtype}", LoadError)
+
+
+def _pieces(tensor: Tensor) -> Iterator[Any]:
+    """Indices that cut a tensor into pieces, along its first dimension."""
+    if tensor.ndim == 0:
+        yield ...
+        return
+    n_rows = max(1, PIECE_ELEMENTS // max(1, tensor[0].numel()))
+    for start in range(0, len(tensor), n_rows):
+        yield slice(start, start + n_rows)
 
 
 def _check_finite(
@@ -116,6 +143,8 @@ def _check_finite(
 
 def _local_folder(path: str | Path, revision: str | None) -> Path:
     """The folder itself, or one downloaded from the hub."""
+    if Path(path).is_file():
+        raise FileNotFoundError(f"{path} is a file: give the folder that holds it")
     if Path(path).exists():
         return Path(path)
     parts = str(path).split("/")
@@ -128,4 +157,9 @@ def _local_folder(path: str | Path, revision: str | None) -> Path:
     repo, subfolder = "/".join(parts[:2]), "/".join(parts[2:])
     pattern = f"{subfolder}/" if subfolder else ""
     wanted = [pattern + CONFIG_FILE, pattern + WEIGHTS_FILE]
-    return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / subfolder
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted)) / subfolder
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{path} is no folder here, and could not be loaded from the Hugging Face hub: {error}"
+        ) from error

@@ -63,7 +63,7 @@ def train(
                 lorsa.eval()
                 raise ValueError(f"the loss is {losses[-1]} at step {step}: try lr < {lr}")
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            torch.autograd.backward(loss)
             torch.nn.utils.clip_grad_norm_(lorsa.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -75,5 +75,5 @@ def train(
 
 
 def _loss(lorsa: Lorsa, record: AttentionRecord) -> Tensor:
-    error = lorsa(record.x, **record.context) - record.out
+    error: Tensor = lorsa(record.x, **record.context) - record.out
     return error.square().sum(-1).mean()

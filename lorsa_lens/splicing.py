@@ -341,4 +341,9 @@ def _check_fit(host: Host, lorsa: Lorsa, layer: int) -> None:
             f"the norm before layer {layer} has a gain of zero, so what the Lorsa reads cannot "
             "be recovered: fold the model's layer norms"
         )
+    if _reads_normalized(lorsa) and norm is not None and host.shortformer:
+        raise ValueError(
+            f"the Lorsa for layer {layer} reads the normalized residual stream, but this model "
+            "adds positions to it before queries and keys: fold the model's layer norms"
+        )
     host.read_attention(layer)  # refuses attention that cannot be replaced

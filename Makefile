@@ -1,0 +1,38 @@
+# Each target makes its own virtual environment (.venv) and installs all it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+# Oversubscribed threads are slower than one.
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test lint test-matrix bench testbed clean
+
+demo: $(INSTALLED)  ## The main job: train, splice, measure and name heads on the testbed models.
+	$(BIN)/lorsa-lens demo
+
+test: $(INSTALLED) lint  ## Lint, types and all tests.
+	$(BIN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test-matrix: $(INSTALLED)  ## The tests of hosts on TransformerLens 2.16, 2.18, 3.9 and 4.3.
+	$(BIN)/nox
+
+bench: $(INSTALLED)  ## A Lorsa's forward pass beside a dense one.
+	$(BIN)/python -m benchmarks.forward
+
+testbed: $(INSTALLED)  ## Train the testbed models anew, in place of the committed weights.
+	$(BIN)/python -m lorsa_lens.testbed.train
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .nox lorsa_demo

@@ -1,0 +1,1 @@
+"""Measurements, always beside a dense baseline in the same run."""

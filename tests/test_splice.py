@@ -59,7 +59,8 @@ def fingerprint(model):
     """Everything that a splice must leave as it was."""
     modules = {name: id(module) for name, module in model.named_modules()}
     hooks = {name: id(hook) for name, hook in model.hook_dict.items()}
-    own = {id(m): sorted(m.__dict__) for m in model.modules() if "_tl_cache" not in m.__dict__}
+    # A model keeps private notes of its first hooks and passes; everything else must not change.
+    own = {id(m): {n for n in m.__dict__ if n[0] != "_"} for m in model.modules()}
     parameters = {name: (id(p), p.requires_grad) for name, p in model.named_parameters()}
     with torch.no_grad():
         return modules, hooks, own, parameters, list(model.state_dict()), model(TOKENS)

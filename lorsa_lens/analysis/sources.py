@@ -23,7 +23,10 @@ MIN_SHARE = 0.5
 """A head is named after a relation if at least this share of its z pattern lies on the source..."""
 
 MIN_ENERGY = 0.5
-"""... and at least this share of its energy falls on queries that have such a source."""
+"""... and at least this share of its energy falls on queries that have such a source..."""
+
+MIN_QUERIES = 10
+"""... and it stays at no fewer such queries than this."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,18 @@ class SourceScores:
     strength: Float[Tensor, " ov_head"]
     """The head's energy at queries that have a source, per such query."""
 
-    def heads(self, min_share: float = MIN_SHARE, min_energy: float = MIN_ENERGY) -> list[int]:
+    n_queries: Int[Tensor, " ov_head"]
+    """Queries that have a source and at which the head stays."""
+
+    def heads(
+        self,
+        min_share: float = MIN_SHARE,
+        min_energy: float = MIN_ENERGY,
+        min_queries: int = MIN_QUERIES,
+    ) -> list[int]:
         """Heads that do little else than fetch from this source, strongest first."""
         named = (self.share >= min_share) & (self.energy >= min_energy)
+        named &= self.n_queries >= min_queries
         order = self.strength.argsort(descending=True).tolist()
         return [head for head in order if named[head]]
 
@@ -72,6 +84,7 @@ def source_scores(
     total = torch.zeros(n_heads, dtype=torch.float64, device=device)
     on_queries = {name: torch.zeros_like(total) for name in sources}
     on_source = {name: torch.zeros_like(total) for name in sources}
+    n_queries = {name: torch.zeros_like(total, dtype=torch.long) for name in sources}
     for rows, part in _batches(record, batch_size):
         energy = _energy(lorsa, part)
         total += energy.sum((0, 1))
@@ -85,12 +98,14 @@ def source_scores(
             )
             share = weight * values[batch, source] / magnitude[batch, query].clamp(min=1e-30)
             on_queries[name] += energy[batch, query].sum(0)
+            n_queries[name] += (energy[batch, query] > 0).sum(0)
             on_source[name] += (energy[batch, query] * share).sum(0)
     return {
         name: SourceScores(
             share=(on_source[name] / on_queries[name].clamp(min=1e-30)).float(),
             energy=(on_queries[name] / total.clamp(min=1e-30)).float(),
             strength=(on_queries[name] / max(1, int((positions >= 0).sum()))).float(),
+            n_queries=n_queries[name],
         )
         for name, positions in sources.items()
     }

@@ -3,19 +3,14 @@
 import math
 from pathlib import Path
 
-from einops import rearrange
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from lorsa_lens import views
 from lorsa_lens.analysis.sources import head_name
+from lorsa_lens.demo.figures import Section, layer_figures
 from lorsa_lens.demo.story import Finding, Story
 from lorsa_lens.evaluation import Fidelity
-from lorsa_lens.functional.code import to_dense
-from lorsa_lens.lorsa import Lorsa
-
-MAX_FIGURE_TOKENS = 48
-MAX_FIGURE_HEADS = 8
 
 FIDELITY_COLUMNS = [
     "layer", "CE clean", "CE spliced", "CE zero", "recovered", "FVU", "K", "dead",
@@ -55,7 +50,7 @@ def print_story(console: Console, story: Story) -> None:
 
 def save_page(path: Path, stories: list[Story]) -> Path:
     """Write all stories as one page that opens without a network."""
-    sections: list[views.Heading | views.Text | views.Table | views.Figure] = []
+    sections: list[Section] = []
     sections.append(views.Text(READING_THE_TABLES))
     for story in stories:
         sections += [
@@ -64,7 +59,7 @@ def save_page(path: Path, stories: list[Story]) -> Path:
             views.Table(FINDING_COLUMNS, _finding_rows(story)),
         ]
         for lorsa in story.lorsas:
-            sections += _figures(story, lorsa)
+            sections += layer_figures(story, lorsa)
     return views.save(path, *sections, title="lorsa_lens: attention layers, one head one job")
 
 
@@ -100,37 +95,4 @@ def _finding_row(finding: Finding) -> list[str]:
         names or "none",
         "" if math.isnan(finding.share) else f"{finding.share:.2f}",
         "" if math.isnan(finding.f1) else f"{finding.f1:.2f}",
-    ]
-
-
-def _figures(
-    story: Story, lorsa: Lorsa
-) -> list[views.Heading | views.Text | views.Table | views.Figure]:
-    """The strongest head of each relation found in a layer, on the sequence where most occur."""
-    layer = lorsa.cfg.layer
-    found = [f for f in story.findings if f.layer == layer and f.heads][:MAX_FIGURE_HEADS]
-    if layer is None or not found:
-        return []
-    counts = sum((story.subject.sources[f.relation] >= 0).any(1).int() for f in found)
-    row = int(counts.argmax())  # type: ignore[union-attr]
-    record = story.records[layer].batch(slice(row, row + 1))
-    heads = [finding.heads[0] for finding in found]
-    circuits = sorted({head // lorsa.cfg.group_size for head in heads})
-    n_shown = min(MAX_FIGURE_TOKENS, record.x.shape[1])
-    tokens = story.subject.str_tokens(story.subject.test_tokens[row])[:n_shown]
-    pattern = lorsa.pattern(record.x, circuits, **record.context)[0, :, :n_shown, :n_shown]
-    acts = to_dense(lorsa.encode(record.x, **record.context), lorsa.cfg.n_ov_heads)
-    z_pattern = lorsa.z_pattern(record.x, heads, **record.context)
-    z_pattern = z_pattern * rearrange(acts[..., heads] != 0, "b q h -> b h q 1")
-    z_pattern = z_pattern[0, :, :n_shown, :n_shown]
-    names = [f"{head_name(layer, f.heads[0])} {f.relation}" for f in found]
-    return [
-        views.Heading(f"Layer {layer}: what the heads fetch", level=3),
-        views.Text(
-            "The strongest Lorsa head of each relation: what each token (column) gives it, at the "
-            "tokens (rows) where it stays. The other rows are blank."
-        ),
-        views.z_pattern_view(z_pattern, tokens, head_names=names),
-        views.Text("The query-key circuits that these heads share."),
-        views.attention_view(pattern, tokens, head_names=[f"L{layer} QK {c}" for c in circuits]),
     ]

@@ -378,9 +378,17 @@ def test_batched_generation_with_padding_on_the_left(model):
     model.tokenizer.padding_side = "left"
     prompts = ["w1 w7 w3 w9 w5 w2", "w4 w8 w6"]
     arguments = {"return_type": "str", "max_new_tokens": 8}
-    expected = generated(model, prompts, **arguments)
+    cached = generated(model, prompts, **arguments)
+    plain = generated(model, prompts, **arguments, use_past_kv_cache=False)
     with splice(model, lifted(model)):
-        assert generated(model, prompts, **arguments) == expected
+        assert generated(model, prompts, **arguments) == cached
+        assert generated(model, prompts, **arguments, use_past_kv_cache=False) == plain
+    if cached != plain:  # TransformerLens 2 forgets the padding once there is a cache
+        pytest.skip("this host itself gives other tokens with a cache")
+    with splice(model, [sparse_lorsa(model, 0), sparse_lorsa(model, 1)]):
+        sparse = generated(model, prompts, **arguments)
+        assert sparse == generated(model, prompts, **arguments, use_past_kv_cache=False)
+    assert sparse != cached
 
 
 @pytest.mark.parametrize(
@@ -568,6 +576,18 @@ def test_an_override_below_the_splice_comes_back():
         with splice(model, sparse_lorsa(model)):
             assert not torch.equal(model(TOKENS), doubled)
         assert torch.equal(model(TOKENS), doubled)
+
+
+def test_an_encoder_decoder_is_refused():
+    transformers = pytest.importorskip("transformers")
+    zoo.by_name("bridge-gpt2")
+    cfg = transformers.T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    with zoo.quiet():
+        model = zoo.boot(transformers.T5ForConditionalGeneration(cfg).eval())
+    with pytest.raises(UnsupportedAttentionError, match="encoder-decoder"):
+        Lorsa.from_attention(model, 0)
 
 
 def test_unsupported_attention_is_refused_by_name():

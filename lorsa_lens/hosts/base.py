@@ -100,7 +100,16 @@ class Host(ABC):
 
     @property
     def n_layers(self) -> int:
-        """Number of attention layers."""
+        """Number of blocks.
+
+        Raises:
+            UnsupportedAttentionError: if there is no one stack of them.
+        """
+        if not hasattr(self.model, "blocks"):
+            raise UnsupportedAttentionError(
+                "the model has no single stack of blocks (an encoder-decoder has two, and "
+                "attention between them): a Lorsa replaces self-attention of decoders or encoders"
+            )
         return len(self.model.blocks)
 
     @property

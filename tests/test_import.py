@@ -1,4 +1,4 @@
-"""`import lorsa_lens` costs next to nothing, and every public name is there when it is asked for."""
+"""`import lorsa_lens` costs next to nothing, and every public name is there when asked for."""
 
 import json
 import os
@@ -56,63 +56,58 @@ def test_importing_is_light(module):
     raise AssertionError(f"import {module} takes {fastest:.2f} s on top of torch")
 
 
-def test_the_heavy_modules_would_be_seen():
-    _, modules = json.loads(run(IMPORT.format(module="lorsa_lens.lorsa")))
-    assert "transformer_lens" in modules
+RESOLVE = """
+import importlib, inspect, json, pkgutil, sys
 
+def fresh():
+    for name in [name for name in sys.modules if name.split(".")[0] == "lorsa_lens"]:
+        del sys.modules[name]
+    return importlib.import_module("lorsa_lens")
 
-NAMES = """
-import inspect, json, lorsa_lens
-names = {order}
-kinds = {{}}
-for name in names:
-    value = getattr(lorsa_lens, name)
-    kinds[name] = "class" if inspect.isclass(value) else type(value).__name__
-print(json.dumps(kinds))
+def kinds(package, names):
+    values = {name: getattr(package, name) for name in names}
+    return {
+        name: "class" if inspect.isclass(value) else type(value).__name__
+        for name, value in values.items()
+    }
+
+package = fresh()
+public, before = package.__all__, dir(package)
+in_order, after = kinds(package, public), dir(package)
+backwards = kinds(fresh(), public[::-1])
+
+package = fresh()
+for module in pkgutil.walk_packages(package.__path__, "lorsa_lens."):
+    if not module.name.endswith("__main__"):
+        importlib.import_module(module.name)
+modules_first = kinds(package, public)
+heavy = "transformer_lens" in sys.modules
+print(json.dumps([public, before, after, heavy, [in_order, backwards, modules_first]]))
 """
 
 
-@pytest.mark.parametrize(
-    "order",
-    ["lorsa_lens.__all__", "lorsa_lens.__all__[::-1]", "sorted(lorsa_lens.__all__, key=len)"],
-)
-def test_every_public_name_resolves_in_any_order(order):
-    kinds = json.loads(run(NAMES.format(order=order)))
-    assert {"Lorsa", "LorsaConfig", "splice", "zero_heads"} <= set(kinds)
-    for name, kind in kinds.items():
-        assert kind == ("class" if name[0].isupper() else "function"), name
+@pytest.fixture(scope="module")
+def resolved():
+    """Public names, `dir()` before and after they are used, and what they turn out to be."""
+    return json.loads(run(RESOLVE))
 
 
-SUBMODULES_FIRST = """
-import importlib, json, pkgutil, warnings
-import lorsa_lens
-modules = [m.name for m in pkgutil.walk_packages(lorsa_lens.__path__, "lorsa_lens.")]
-for module in modules:
-    if not module.endswith("__main__"):
-        importlib.import_module(module)
-from lorsa_lens import *
-print(json.dumps([name for name in lorsa_lens.__all__ if not callable(globals()[name])]))
-"""
-
-
-def test_no_public_name_is_hidden_by_a_module_of_that_name():
-    assert json.loads(run(SUBMODULES_FIRST)) == []
-
-
-def test_dir_lists_the_public_names_before_and_after_they_are_used():
-    code = """
-import json, lorsa_lens
-before = dir(lorsa_lens)
-for name in lorsa_lens.__all__:
-    getattr(lorsa_lens, name)
-print(json.dumps([lorsa_lens.__all__, before, dir(lorsa_lens)]))
-"""
-    public, before, after = json.loads(run(code))
-    assert set(public) <= set(before)
-    assert "__version__" in before
-    assert after == sorted(set(after))  # none of them twice
-    assert set(before) <= set(after)
+def test_every_public_name_resolves_in_any_order(resolved):
+    public, _, _, heavy, orders = resolved
+    assert {"Lorsa", "LorsaConfig", "splice", "zero_heads"} <= set(public)
     assert public == sorted(set(public))
+    for kinds in orders:  # forwards, backwards, and after every module of the package
+        expected = {name: "class" if name[0].isupper() else "function" for name in public}
+        assert kinds == expected
+    assert heavy  # so importing it would have shown above
+
+
+def test_dir_lists_each_name_once_before_and_after_it_is_used(resolved):
+    public, before, after, _, _ = resolved
+    assert set(public) <= set(before) <= set(after)
+    assert "__version__" in before
+    assert before == sorted(set(before))
+    assert after == sorted(set(after))
 
 
 def test_an_unknown_name_is_an_attribute_error():

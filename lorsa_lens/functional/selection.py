@@ -49,6 +49,8 @@ def batch_threshold(
     """
     scores = (acts.detach().abs() * norms).flatten()
     n_kept = min(k * acts.shape[0] * acts.shape[1], scores.numel())
+    if n_kept == 0:
+        return scores.new_zeros(())
     return scores.topk(n_kept, sorted=False).values.min()
 
 

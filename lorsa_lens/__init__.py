@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from lorsa_lens.config import AttentionSpec, ConfigError, LorsaConfig
+    from lorsa_lens.config import AttentionSpec, LorsaConfig
     from lorsa_lens.functional.code import Code
     from lorsa_lens.hosts import UnsupportedAttentionError
     from lorsa_lens.interventions import scale_heads, set_heads, steer_heads, zero_heads
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
         splice,
         spliced_lorsas,
     )
+    from lorsa_lens.validation import ConfigError
 
 _HOMES = {
     "AttentionSpec": "config",
-    "ConfigError": "config",
+    "ConfigError": "validation",
     "LorsaConfig": "config",
     "Code": "functional.code",
     "UnsupportedAttentionError": "hosts",

@@ -1,13 +1,12 @@
 """What a Lorsa is, as data: sizes, positions, selection, and where it belongs in a model."""
 
-import difflib
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from numbers import Integral, Real
+from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
+
+from lorsa_lens.validation import Config, ConfigError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,12 +24,8 @@ OutputSite = Literal["attn_out", "hook_attn_out"]
 Dtype = Literal["float32", "float64", "bfloat16", "float16"]
 
 
-class ConfigError(ValueError):
-    """A configuration that cannot be: the message names the field, the value and the remedy."""
-
-
 @dataclass(frozen=True, kw_only=True)
-class AttentionSpec:
+class AttentionSpec(Config):
     """How queries and keys become a pattern: everything about attention that is not a weight.
 
     The names are TransformerLens's. One spec describes an attention layer of a model and a Lorsa
@@ -93,12 +88,6 @@ class AttentionSpec:
     qk_norm_eps: float = 1e-6
     """Added to the mean square inside the RMS norm of queries and keys."""
 
-    def __post_init__(self) -> None:
-        """Check every field by its annotation, and keep its value as plain Python data."""
-        for field in fields(self):
-            value = _checked(field.name, getattr(self, field.name), field.type)
-            object.__setattr__(self, field.name, value)
-
 
 @dataclass(frozen=True, kw_only=True)
 class LorsaConfig(AttentionSpec):
@@ -112,6 +101,8 @@ class LorsaConfig(AttentionSpec):
         >>> cfg.group_size
         64
     """
+
+    MAY_BE_ZERO = frozenset({"layer"})
 
     d_model: int
     """Width of the residual stream."""
@@ -204,13 +195,9 @@ class LorsaConfig(AttentionSpec):
             raise ConfigError("layer = None, so no activation has a name: give a layer")
         return f"blocks.{self.layer}.{site}"
 
-    def replace(self, **changes: Any) -> "LorsaConfig":
-        """The same configuration with some fields changed, validated anew."""
-        return replace(self, **changes)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain values, ready for JSON, with the format's version."""
-        return {"architecture": "lorsa", "format_version": FORMAT_VERSION, **asdict(self)}
+        return {"architecture": "lorsa", "format_version": FORMAT_VERSION, **super().to_dict()}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "LorsaConfig":
@@ -230,19 +217,7 @@ class LorsaConfig(AttentionSpec):
                 f"format_version = {version!r}: this release of lorsa_lens reads up to "
                 f"{FORMAT_VERSION}. Upgrade lorsa_lens to read it"
             )
-        known = {field.name for field in fields(cls)}
-        for key in values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=3)
-                hint = f": did you mean {' or '.join(near)}?" if near else ""
-                raise ConfigError(f"unknown key {key!r} in a LorsaConfig{hint}")
-        required = {field.name for field in fields(cls) if field.default is MISSING}
-        if missing := sorted(required - set(values)):
-            raise ConfigError(f"incomplete LorsaConfig: it lacks {', '.join(missing)}")
-        for key in ("rotary_frequencies", "alibi_slopes"):
-            if isinstance(values.get(key), list):
-                values[key] = tuple(values[key])
-        return cls(**values)
+        return super().from_dict(values)
 
     def to_json(self) -> str:
         """The text of a `config.json`."""
@@ -281,45 +256,6 @@ class LorsaConfig(AttentionSpec):
         from lorsa_lens.lift import exact_config
 
         return exact_config(model, layer).replace(**changes)
-
-
-def _checked(name: str, value: Any, hint: Any) -> Any:
-    """A field's value, if it fits the annotation, as plain data that JSON can hold.
-
-    NumPy's numbers become Python's, lists tuples, and integers floats where a float is wanted.
-    """
-    kinds = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if value is None and NoneType in kinds:
-        return None
-    kind, choices, lowest = kinds[0], get_args(kinds[0]), 0 if name == "layer" else 1
-    if get_origin(kind) is Literal:
-        fits, wanted = isinstance(value, str) and value in choices, f"one of {choices}"
-    elif get_origin(kind) is tuple:
-        fits = isinstance(value, list | tuple) and all(_is_finite(entry) for entry in value)
-        wanted = "a tuple of finite numbers"
-    elif kind is int:
-        fits = _is_finite(value, Integral) and value >= lowest
-        wanted = "a positive integer" if lowest else "an integer from 0"
-    elif kind is float:
-        fits, wanted = _is_finite(value) and value > 0, "a positive number"
-    else:
-        fits, wanted = isinstance(value, kind), "True or False" if kind is bool else "a string"
-    if not fits:
-        or_none = " or None" if NoneType in kinds else ""
-        raise ConfigError(f"{name} = {value!r} must be {wanted}{or_none}")
-    if get_origin(kind) is tuple:
-        return tuple(float(entry) for entry in value)
-    return kind(value) if kind in (int, float) else value
-
-
-def _is_finite(value: Any, kind: Any = Real) -> bool:
-    """Whether it is a finite number, Python's or NumPy's; true and false are none."""
-    if not isinstance(value, kind) or isinstance(value, bool):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # an integer too large for a float
-        return False
 
 
 def _check_heads(cfg: LorsaConfig) -> None:

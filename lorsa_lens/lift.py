@@ -20,9 +20,10 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lorsa_lens.config import ConfigError, LorsaConfig
+from lorsa_lens.config import LorsaConfig
 from lorsa_lens.hosts import AttentionWeights, host_of
 from lorsa_lens.lorsa import Lorsa
+from lorsa_lens.validation import ConfigError
 
 Init = Literal["exact", "tied", "svd", "random"]
 

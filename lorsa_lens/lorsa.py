@@ -46,6 +46,19 @@ class LorsaState(NamedTuple):
     """Values `x w_V + b_V`."""
 
 
+class LorsaOutput(NamedTuple):
+    """All that a forward pass computes."""
+
+    recons: Float[Tensor, "batch pos d_model"]
+    """What the Lorsa writes."""
+
+    code: Code
+    """Which heads stay, and with what activation."""
+
+    acts_pre: Float[Tensor, "batch pos n_ov_heads"]
+    """Activations before selection."""
+
+
 class Lorsa(LorsaParameters):
     """Low-Rank Sparse Attention: an overcomplete, sparse stand-in for an attention layer.
 
@@ -126,6 +139,19 @@ class Lorsa(LorsaParameters):
         else:
             recons = decode_dense(acts, self.W_O)
         return self._fire(self.hook_recons, recons + self.b_O), state
+
+    def outputs(self, x: Float[Tensor, "batch pos d_model"], **context: Any) -> LorsaOutput:
+        """`forward` with everything it computes on the way, as training needs it.
+
+        Hooks on `hook_acts_post` and `hook_recons` do not fire.
+
+        Args:
+            x: as in `forward`.
+            **context: `qk_input`, `positions`, `keep`, as in `forward`.
+        """
+        acts_pre, _ = self._pre_activations(x, **context)
+        code = self._code(acts_pre)
+        return LorsaOutput(self.decode(code), code, acts_pre)
 
     def encode(self, x: Float[Tensor, "batch pos d_model"], **context: Any) -> Code:
         """Which heads stay at each position, and with what activation.

@@ -313,6 +313,7 @@ class Lorsa(LorsaParameters):
 
     def _code(self, acts_pre: Tensor) -> Code:
         cfg = self.cfg
+        acts_pre = acts_pre.to(self.W_O.dtype)  # under autocast, heads are chosen in float32
         if cfg.act_fn == "relu":
             return selection.select_positive(acts_pre)
         if cfg.k is None and cfg.act_fn == "topk":

@@ -1,0 +1,202 @@
+"""How Lorsas are trained, as data: every field documented and validated; JSON or YAML."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lorsa_lens.config import ActFn, OutputSite
+from lorsa_lens.validation import Config, ConfigError
+
+LRScheduler = Literal["constant", "linear", "cosine"]
+TrainingInit = Literal["tied", "svd", "random"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Config):
+    """Everything about a training run but the model and the text. Names follow SAELens.
+
+    Raises:
+        ConfigError: at construction, naming the field, the value and the remedy.
+    """
+
+    MAY_BE_ZERO = frozenset({
+        "lr_warm_up_fraction", "lr_decay_fraction", "adam_beta1", "adam_beta2",
+        "k_anneal_fraction", "l1_coefficient", "l0_coefficient", "aux_coefficient", "seed",
+        "checkpoint_every",
+    })  # fmt: skip
+
+    # ------------------------------------------------------------------------------- the Lorsas
+
+    n_ov_heads: int | None = None
+    """Rank-1 heads of each Lorsa. None: 8 times d_model, rounded to a multiple of `n_qk_heads`."""
+
+    n_qk_heads: int | None = None
+    """Query-key circuits of each Lorsa. None: one for each attention head of the layer."""
+
+    k: int | None = None
+    """Heads that stay per token. None: d_model / 12, at least 4 (`relu`, `jumprelu`: no limit)."""
+
+    act_fn: ActFn = "topk"
+    """How heads are selected: see `LorsaConfig.act_fn`."""
+
+    init: TrainingInit = "tied"
+    """How the rank-1 heads start: see `lorsa_lens.lift`."""
+
+    output_site: OutputSite = "attn_out"
+    """What the Lorsas replace: see `LorsaConfig.output_site`."""
+
+    # ------------------------------------------------------------------------------- the text
+
+    training_tokens: int = 2_000_000
+    """Tokens to train on; the text is gone through again if it is shorter."""
+
+    context_size: int = 128
+    """Tokens of a context. Lorsas need whole contexts."""
+
+    train_batch_size_tokens: int = 4096
+    """Tokens of one optimizer step: a whole number of contexts."""
+
+    gradient_accumulation_steps: int = 1
+    """Parts in which a batch goes through the model, to save memory."""
+
+    prepend_bos: bool = True
+    """Begin each context with the tokenizer's BOS, if it has one."""
+
+    exclude_special_tokens: bool = True
+    """Leave BOS, EOS and padding out of the loss; they stay visible to attention."""
+
+    # ------------------------------------------------------------------------------- optimization
+
+    lr: float = 3e-3
+    """Highest learning rate of Adam."""
+
+    lr_scheduler: LRScheduler = "linear"
+    """Shape of the final decay to 0."""
+
+    lr_warm_up_fraction: float = 0.05
+    """Share of the steps over which the learning rate rises to `lr`."""
+
+    lr_decay_fraction: float = 0.4
+    """Share of the steps over which it falls to 0 at the end."""
+
+    adam_beta1: float = 0.9
+    """Decay of Adam's mean of gradients."""
+
+    adam_beta2: float = 0.99
+    """Decay of Adam's mean of squared gradients."""
+
+    max_grad_norm: float | None = 1.0
+    """Gradients of a Lorsa are scaled down to this norm. None: never."""
+
+    k_start: int | None = None
+    """Heads that stay at the first step, falling linearly to `k`. None: `k` throughout."""
+
+    k_anneal_fraction: float = 0.0
+    """Share of the steps over which `k_start` falls to `k`."""
+
+    l1_coefficient: float = 0.0
+    """Weight of the mean of `sum_i |z^i| ||w_O^i||` in the loss (`relu`)."""
+
+    l0_coefficient: float = 0.0
+    """Weight of the mean number of heads that stay in the loss (`jumprelu`)."""
+
+    aux_coefficient: float = 0.0
+    """Weight of the auxiliary loss: what dead heads explain of the error (arXiv 2406.04093)."""
+
+    aux_k: int | None = None
+    """Dead heads in the auxiliary loss, per token. None: half of d_model, at most all dead ones."""
+
+    dead_feature_window: int = 100_000
+    """A head that stayed at none of so many counted tokens is dead."""
+
+    autocast: bool = False
+    """Run Lorsas in bfloat16 with float32 weights and float32 selection."""
+
+    compile: bool = False
+    """Compile the Lorsas with `torch.compile`."""
+
+    seed: int = 0
+    """For initialisation and the order of the text."""
+
+    # ------------------------------------------------------------------------------- the run
+
+    output_path: str = "runs/lorsa"
+    """The run's directory: configuration, metrics, checkpoints, final Lorsas."""
+
+    checkpoint_every: int = 500
+    """Steps between checkpoints. 0: none but the last."""
+
+    n_checkpoints_kept: int = 2
+    """The newest checkpoints that are kept; the best one is kept besides."""
+
+    log_every: int = 10
+    """Steps between lines of `metrics.jsonl`."""
+
+    wandb_project: str | None = None
+    """Also log to this Weights & Biases project (`pip install 'lorsa-lens[wandb]'`)."""
+
+    tensorboard: bool = False
+    """Also log to TensorBoard (`pip install 'lorsa-lens[tensorboard]'`)."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be."""
+        super().__post_init__()
+        for name in ("adam_beta1", "adam_beta2"):
+            if getattr(self, name) >= 1:
+                raise ConfigError(f"{name} = {getattr(self, name)} must be below 1")
+        if self.train_batch_size_tokens % self.context_size:
+            whole = self.train_batch_size_tokens // self.context_size * self.context_size
+            raise ConfigError(
+                f"train_batch_size_tokens = {self.train_batch_size_tokens} must be a multiple of "
+                f"context_size = {self.context_size}: for example {whole or self.context_size}"
+            )
+        n_contexts = self.train_batch_size_tokens // self.context_size
+        if n_contexts % self.gradient_accumulation_steps:
+            raise ConfigError(
+                f"gradient_accumulation_steps = {self.gradient_accumulation_steps} must divide the "
+                f"{n_contexts} contexts of a batch"
+            )
+        if self.lr_warm_up_fraction + self.lr_decay_fraction > 1:
+            raise ConfigError(
+                f"lr_warm_up_fraction = {self.lr_warm_up_fraction} and lr_decay_fraction = "
+                f"{self.lr_decay_fraction} must not exceed 1 together"
+            )
+        if (self.k_start is None) != (self.k_anneal_fraction == 0):
+            raise ConfigError("k_start and k_anneal_fraction go together: give both or neither")
+
+    @property
+    def n_steps(self) -> int:
+        """Optimizer steps of the run."""
+        return max(1, self.training_tokens // self.train_batch_size_tokens)
+
+    @property
+    def batch_size(self) -> int:
+        """Contexts of one optimizer step."""
+        return self.train_batch_size_tokens // self.context_size
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "TrainingConfig":
+        """Read a `.json`, `.yaml` or `.yml` file.
+
+        Raises:
+            ConfigError: when the file cannot be read as such, or as `from_dict` does.
+        """
+        path = Path(path)
+        text = path.read_text(encoding="utf-8")
+        try:
+            values = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+        except ValueError as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of fields")
+        return cls.from_dict(values)
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml  # TransformerLens and its kin bring it along
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None

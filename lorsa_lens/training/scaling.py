@@ -1,0 +1,67 @@
+"""Training sees inputs and outputs of a standard size; the saved Lorsa works on raw ones.
+
+A Lorsa is trained on `x * scales.x` to return `out * scales.out`, so that one learning rate suits
+every layer of every model. The scales are numbers, so they fold into the weights exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from lorsa_lens.lorsa import Lorsa
+from lorsa_lens.recording import AttentionRecord
+
+
+@dataclass(frozen=True)
+class Scales:
+    """What inputs and outputs are multiplied by in training."""
+
+    x: float
+    out: float
+
+    def scaled(self, record: AttentionRecord) -> AttentionRecord:
+        """A record as the Lorsa in training sees it."""
+        qk_input = None if record.qk_input is None else record.qk_input * self.x
+        return record._replace(x=record.x * self.x, out=record.out * self.out, qk_input=qk_input)
+
+
+def estimate_scales(record: AttentionRecord, counted: Bool[Tensor, "batch pos"]) -> Scales:
+    """Scales under which inputs have mean square 1 per dimension, outputs variance 1 in all.
+
+    So the squared error of a prediction, summed over d_model and averaged over tokens, is the
+    fraction of variance unexplained.
+
+    Args:
+        record: what the layer received and returned.
+        counted: tokens that count.
+    """
+    x, out = record.x[counted].double(), record.out[counted].double()
+    variance = (out - out.mean(0)).square().sum(-1).mean()
+    mean_square = x.square().mean()
+    return Scales(x=float(_inverse_root(mean_square)), out=float(_inverse_root(variance)))
+
+
+def _inverse_root(value: Tensor) -> Tensor:
+    return torch.where(value > 0, value.clamp(min=1e-300).rsqrt(), torch.ones_like(value))
+
+
+@torch.no_grad()
+def rescale(lorsa: Lorsa, scales: Scales, *, to_raw: bool) -> None:
+    """Fold scales into the weights, in place.
+
+    Args:
+        lorsa: what to rescale.
+        scales: those of training.
+        to_raw: from training to raw inputs and outputs if true, else from raw ones to training.
+    """
+    x, out = (scales.x, 1 / scales.out) if to_raw else (1 / scales.x, scales.out)
+    for weight in (lorsa.W_Q, lorsa.W_K, lorsa.W_V):
+        weight.mul_(x)
+    for weight in (lorsa.W_O, lorsa.b_O):
+        weight.mul_(out)
+    if lorsa.cfg.act_fn == "jumprelu":  # thresholds are in units of z * ||w_O||
+        lorsa.log_threshold.add_(torch.tensor(out).log().to(lorsa.log_threshold))
+    if lorsa.cfg.act_fn == "batchtopk":
+        lorsa.threshold.mul_(out)

@@ -18,7 +18,7 @@ from lorsa_lens.training import losses, schedules
 from lorsa_lens.training.checkpoints import CheckpointError, checkpoints
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.layer import LayerTrainer, Part, TrainingError
-from lorsa_lens.training.scaling import Scales, estimate_scales, rescale
+from lorsa_lens.training.scaling import Scales, estimate_scales, fit_gain, rescale
 from lorsa_lens.training.trainer import Trainer
 
 D_MODEL, N_POS = 8, 6
@@ -63,7 +63,7 @@ def config(tmp_path, **changes):
         "training_tokens": 40 * 4 * N_POS, "context_size": N_POS,
         "train_batch_size_tokens": 4 * N_POS, "output_path": str(tmp_path / "run"),
         "checkpoint_every": 5, "log_every": 1, "dead_feature_window": 100,
-        "aux_coefficient": 0.1, "aux_k": 2,
+        "aux_coefficient": 0.1, "aux_k": 2, "init": "random",
     }  # fmt: skip
     return TrainingConfig(**{**values, **changes})
 
@@ -131,6 +131,23 @@ def test_folding_scales_is_exact(act_fn):
     torch.testing.assert_close(lorsa(record.x.double()), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_the_initial_gain_is_the_least_squares_one():
+    record, counted = a_record()
+    (lorsa,) = lorsas((0,), dtype="float32").values()
+    torch.nn.init.normal_(lorsa.b_O)
+
+    def error(gain):
+        with torch.no_grad():
+            written = (lorsa(record.x) - lorsa.b_O) * gain
+            return float((record.out - lorsa.b_O - written)[counted].square().sum())
+
+    trials = {gain / 1000: error(gain / 1000) for gain in range(1, 2000)}
+    best = min(trials, key=trials.get)
+    gain = fit_gain(lorsa, record, counted)
+    assert gain == pytest.approx(best, abs=1e-3) or (best == 0.001 and gain == 1.0)
+    assert error(1.0) == pytest.approx(trials[best], rel=1e-3)
+
+
 def test_penalties_against_loops():
     (lorsa,) = lorsas((0,), act_fn="relu", k=None).values()
     record, counted = a_record()
@@ -170,18 +187,19 @@ def test_auxiliary_loss_is_what_dead_heads_leave_of_the_error():
     dead = torch.zeros(12, dtype=torch.bool)
     dead[[2, 7, 9]] = True
     loss = losses.auxiliary_loss(lorsa, output, record.out, counted, dead, aux_k=2)
-    residual = record.out - output.recons
+    residual = (record.out - output.recons).detach()
+    acts, writes = output.acts_pre.detach(), lorsa.W_O.detach()
     error = variance = 0.0
     for b in range(4):
         for s in range(N_POS):
             if not counted[b, s]:
                 continue
-            scores = {h: abs(output.acts_pre[b, s, h]) * lorsa.W_O[h].norm() for h in (2, 7, 9)}
+            scores = {h: abs(acts[b, s, h]) * writes[h].norm() for h in (2, 7, 9)}
             best = sorted(scores, key=scores.get)[-2:]
-            guess = sum(output.acts_pre[b, s, h] * lorsa.W_O[h] for h in best)
+            guess = sum(acts[b, s, h] * writes[h] for h in best)
             error += float((guess - residual[b, s]).square().sum())
             variance += float(residual[b, s].square().sum())
-    assert float(loss) == pytest.approx(error / variance, rel=1e-5)
+    assert loss.item() == pytest.approx(error / variance, rel=1e-5)
     nothing = losses.auxiliary_loss(lorsa, output, record.out, counted, dead & False, aux_k=2)
     assert float(nothing) == 0
 
@@ -285,7 +303,7 @@ def test_a_run_learns_logs_and_saves(tmp_path):
         saved = Lorsa.from_pretrained(tmp_path / "run" / "lorsas" / f"blocks.{layer}")
         torch.testing.assert_close(saved(record.x), lorsa(record.x))
         # on raw scale: about as good as the last line says
-        error = (lorsa(record.x) - record.out)[counted].square().sum(-1).mean()
+        error = (lorsa(record.x) - record.out)[counted].square().sum(-1).mean().detach()
         variance = (record.out[counted] - record.out[counted].mean(0)).square().sum(-1).mean()
         assert float(error / variance) < 2 * lines[-1][f"blocks.{layer}/losses/mse_loss"] + 0.05
 

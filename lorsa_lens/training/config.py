@@ -43,6 +43,10 @@ class TrainingConfig(Config):
     init: TrainingInit = "tied"
     """How the rank-1 heads start: see `lorsa_lens.lift`."""
 
+    fit_initial_gain: bool = True
+    """Before the first step, multiply all activations by the one number that fits the first batch
+    best: a fresh Lorsa of a few heads writes much less than the layer."""
+
     output_site: OutputSite = "attn_out"
     """What the Lorsas replace: see `LorsaConfig.output_site`."""
 

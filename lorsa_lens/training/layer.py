@@ -48,7 +48,8 @@ class LayerTrainer:
 
     def __init__(self, lorsa: Lorsa, scales: Scales, cfg: TrainingConfig) -> None:
         rescale(lorsa, scales, to_raw=False)
-        self.lorsa = lorsa.train()
+        lorsa.train()
+        self.lorsa = lorsa
         self.scales = scales
         self.cfg = cfg
         self.k = lorsa.cfg.k

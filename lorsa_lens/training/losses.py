@@ -15,16 +15,18 @@ def squared_error(
     counted: Bool[Tensor, "batch pos"],
 ) -> Float[Tensor, ""]:
     """Squared error summed over d_model, averaged over the tokens that count."""
-    error: Tensor = (prediction - target).square().sum(-1)
-    return (error * counted).sum() / counted.sum().clamp(min=1)
+    error = (prediction - target).square().sum(-1)
+    mean: Tensor = (error * counted).sum() / counted.sum().clamp(min=1)
+    return mean
 
 
 def l1_penalty(
     lorsa: Lorsa, output: LorsaOutput, counted: Bool[Tensor, "batch pos"]
 ) -> Float[Tensor, ""]:
     """Mean over counted tokens of `sum_i |z^i| ||w_O^i||`; the norms get gradient here."""
-    norms = lorsa.W_O.norm(dim=-1)[output.code.indices]
-    return ((output.code.values.abs() * norms).sum(-1) * counted).sum() / counted.sum()
+    norms = torch.linalg.vector_norm(lorsa.W_O, dim=-1)[output.code.indices]
+    written: Tensor = (output.code.values.abs() * norms).sum(-1)
+    return (written * counted).sum() / counted.sum()
 
 
 def l0_penalty(

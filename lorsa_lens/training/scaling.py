@@ -43,6 +43,28 @@ def estimate_scales(record: AttentionRecord, counted: Bool[Tensor, "batch pos"])
     return Scales(x=float(_inverse_root(mean_square)), out=float(_inverse_root(variance)))
 
 
+@torch.no_grad()
+def fit_gain(lorsa: Lorsa, record: AttentionRecord, counted: Bool[Tensor, "batch pos"]) -> float:
+    """Multiply all activations by the one gain that fits the layer best; returns it.
+
+    A fresh Lorsa of a few selected heads writes much less, or more, than the layer. The gain is
+    the least-squares one, `<target, written> / <written, written>`, where both are without `b_O`.
+
+    Args:
+        lorsa: what to change, in place: its `W_V` and `b_V`.
+        record: what the layer received and returned, on the Lorsa's scale.
+        counted: tokens that count.
+    """
+    written = (lorsa(record.x, **record.context) - lorsa.b_O)[counted].double()
+    target = (record.out - lorsa.b_O)[counted].double()
+    gain = float((target * written).sum() / written.square().sum().clamp(min=1e-300))
+    if gain <= 0:  # no use; so do not turn the heads around
+        return 1.0
+    lorsa.W_V.mul_(gain)
+    lorsa.b_V.mul_(gain)
+    return gain
+
+
 def _inverse_root(value: Tensor) -> Tensor:
     return torch.where(value > 0, value.clamp(min=1e-300).rsqrt(), torch.ones_like(value))
 

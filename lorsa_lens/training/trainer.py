@@ -25,7 +25,7 @@ from lorsa_lens.training.checkpoints import (
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.layer import LayerTrainer, Part, StepMetrics, TrainingError
 from lorsa_lens.training.metrics import named, open_sinks
-from lorsa_lens.training.scaling import Scales, estimate_scales
+from lorsa_lens.training.scaling import Scales, estimate_scales, fit_gain
 
 CONFIG_FILE = "training_config.json"
 CHECKPOINTS = "checkpoints"
@@ -176,8 +176,10 @@ class Trainer:
         """Estimate scales from the first batch, and put the Lorsas on training scale."""
         for layer, lorsa in self.lorsas.items():
             record = batches[0].records[layer].seen_by(lorsa)
-            scales = estimate_scales(record, batches[0].counted.to(record.x.device))
-            self.layers[layer] = LayerTrainer(lorsa, scales, self.cfg)
+            counted = batches[0].counted.to(record.x.device)
+            if self.cfg.fit_initial_gain and self.cfg.init != "random":
+                fit_gain(lorsa, record, counted)
+            self.layers[layer] = LayerTrainer(lorsa, estimate_scales(record, counted), self.cfg)
 
     def _values(self, metrics: dict[int, StepMetrics]) -> dict[str, float]:
         lr = next(iter(self.layers.values())).optimizer.param_groups[0]["lr"]

@@ -1,9 +1,13 @@
 """The command line: parses, calls, prints."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from lorsa_lens.options import with_options
+from lorsa_lens.training.run_config import RunConfig
+from lorsa_lens.validation import read_fields
 
 app = typer.Typer(help="Low-Rank Sparse Attention for TransformerLens.", no_args_is_help=True)
 
@@ -27,9 +31,9 @@ def demo(
     layers: Annotated[
         list[int] | None, typer.Option(help="With --model: these layers only. Repeat the option.")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the page and the Lorsas.")] = Path(
-        "lorsa_demo"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Folder for the page and the Lorsas.", file_okay=False)
+    ] = Path("lorsa_demo"),
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps for each layer.")] = 700,
     seed: Annotated[int, typer.Option(help="For sampling, initialisation and training.")] = 0,
 ) -> None:
@@ -52,7 +56,10 @@ def demo(
     if model is None:
         subjects = [from_testbed(name, seed=seed) for name in ("rules", "induction")]
     else:
-        subjects = [from_model(model, tokens_file=tokens, layers=layers, seed=seed)]
+        try:
+            subjects = [from_model(model, tokens_file=tokens, layers=layers or None, seed=seed)]
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     stories = []
     for subject in subjects:
         story = tell(subject, n_steps=steps, seed=seed)
@@ -66,12 +73,41 @@ def demo(
     console.print(f"\nThe page: [bold]{page.resolve()}[/bold]\n\nThe same in a notebook:\n")
     console.print(
         f"    {first.load[0]}; from lorsa_lens import Lorsa, splice\n"
-        f'    model, lorsa = {first.load[1]}, Lorsa.from_pretrained("{folder}")\n'
+        f"    model, lorsa = {first.load[1]}, Lorsa.from_pretrained({str(folder)!r})\n"
         "    with splice(model, lorsa): logits, cache = model.run_with_cache(tokens)\n",
         markup=False,
         highlight=False,
         soft_wrap=True,
     )
+
+
+@app.command(name="train")
+@with_options(RunConfig)
+def train_command(
+    file: Path | None,
+    overrides: dict[str, Any],
+    resume: Annotated[
+        bool, typer.Option(help="Go on from the newest checkpoint in the output path.")
+    ] = False,
+) -> None:
+    """Train Lorsas on layers of a model, from a file of fields, options, or both.
+
+    The options go before the file's fields. Example: lorsa-lens train run.yaml --lr 0.001
+    """
+    from rich.console import Console
+
+    from lorsa_lens.training.run import run
+
+    try:
+        values = {} if file is None else read_fields(file)
+        cfg = RunConfig.from_dict({**values, **overrides})
+        run(cfg, resume=resume)
+    except KeyboardInterrupt:
+        Console().print("Stopped; a checkpoint is saved. Go on with --resume.")
+        raise typer.Exit(130) from None
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error)) from error
+    Console().print(f"The Lorsas are in [bold]{cfg.output_path}/lorsas[/bold]")
 
 
 if __name__ == "__main__":

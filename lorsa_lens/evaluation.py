@@ -32,7 +32,7 @@ class Fidelity:
 
     fvu: float | None = None
     """Fraction of variance of the attention output unexplained: `E|y - y'|^2 / (E|y|^2 - |E y|^2)`
-    over all positions. None for several layers."""
+    over all positions, at the Lorsa's `output_site`. None for several layers."""
 
     l0: float | None = None
     """Heads that stay per token, on average."""
@@ -42,8 +42,12 @@ class Fidelity:
 
     @property
     def ce_recovered(self) -> float:
-        """`(ce_zero - ce_spliced) / (ce_zero - ce_clean)`; SAELens calls it `ce_loss_score`."""
-        return (self.ce_zero - self.ce_spliced) / (self.ce_zero - self.ce_clean)
+        """`(ce_zero - ce_spliced) / (ce_zero - ce_clean)`; SAELens calls it `ce_loss_score`.
+
+        Not a number where zeroing the layer makes no difference.
+        """
+        at_stake = self.ce_zero - self.ce_clean
+        return (self.ce_zero - self.ce_spliced) / at_stake if at_stake else float("nan")
 
 
 @torch.no_grad()
@@ -64,11 +68,21 @@ def evaluate(
         predicted: positions whose next token counts for the cross entropy. None: all but the last.
         batch_size: sequences per forward pass.
 
+    Returns:
+        One row for each Lorsa, then one for all together if there are several.
+
     Raises:
-        ValueError: if no position counts.
+        ValueError: if no position counts, there is no Lorsa, or one does not fit the model.
     """
     chosen = [lorsas] if isinstance(lorsas, Lorsa) else list(lorsas)
+    if not chosen:
+        raise ValueError("lorsas is empty: give at least one")
+    splice(model, chosen).remove()  # refuses what does not fit, before any work
     counted = torch.ones_like(tokens, dtype=torch.bool) if predicted is None else predicted.clone()
+    if counted.shape != tokens.shape:
+        raise ValueError(
+            f"predicted has shape {list(counted.shape)}, but tokens has {list(tokens.shape)}"
+        )
     counted[:, -1] = False
     if not bool(counted.any()):
         raise ValueError("predicted counts no position before the last, so there is no loss")
@@ -104,19 +118,22 @@ def evaluate(
 def reconstruction(
     lorsa: Lorsa, record: AttentionRecord, *, batch_size: int = 32
 ) -> Mapping[str, float]:
-    """`fvu`, `l0` and `dead` of a Lorsa on a layer's records, as `Fidelity` defines them."""
+    """`fvu`, `l0` and `dead` of a Lorsa on a layer's records, as `Fidelity` defines them.
+
+    `fvu` is not finite where the layer's output does not vary.
+    """
     error = torch.zeros((), dtype=torch.float64)
     n_active, n_tokens = 0, record.x.shape[0] * record.x.shape[1]
     fired = torch.zeros(lorsa.cfg.n_ov_heads, dtype=torch.bool, device=lorsa.W_O.device)
     for start in range(0, record.x.shape[0], batch_size):
-        part = record.batch(slice(start, start + batch_size))
+        part = record.batch(slice(start, start + batch_size)).seen_by(lorsa)
         code = lorsa.encode(part.x, **part.context)
         error += (part.out - lorsa.decode(code)).double().square().sum().cpu()
         active = code.values != 0
         n_active += int(active.sum())
         fired[code.indices[active]] = True
-    out = record.out.double().flatten(0, 1)
-    variance = (out - out.mean(0)).square().sum().cpu()
+    target = record.target(lorsa).double().flatten(0, 1)
+    variance = (target - target.mean(0)).square().sum().cpu()
     return {
         "fvu": float(error / variance),
         "l0": n_active / n_tokens,
@@ -129,9 +146,9 @@ def _cross_entropy(model: nn.Module, tokens: Tensor, counted: Tensor, batch_size
     for start in range(0, tokens.shape[0], batch_size):
         batch, mask = tokens[start : start + batch_size], counted[start : start + batch_size]
         logits: Float[Tensor, "batch pos d_vocab"] = model(batch)
-        targets = batch.roll(-1, dims=1)[mask]
-        losses = nn.functional.cross_entropy(logits[mask].double(), targets, reduction="sum")
-        total += losses.item()
+        targets = batch.roll(-1, dims=1)[mask].to(logits.device)
+        chosen = logits[mask.to(logits.device)].double()
+        total += nn.functional.cross_entropy(chosen, targets, reduction="sum").item()
         n_counted += targets.numel()
     return total / n_counted
 

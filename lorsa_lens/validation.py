@@ -1,9 +1,14 @@
 """Configurations that cannot hold what cannot be: fields checked against their annotations."""
 
+import ast
 import difflib
+import inspect
+import itertools
+import json
 import math
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from numbers import Integral, Real
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
@@ -62,6 +67,57 @@ class Config:
         # JSON knows lists only, fields are tuples.
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
+    @classmethod
+    def from_file(cls: type[ConfigT], path: str | Path) -> ConfigT:
+        """Read a `.json`, `.yaml` or `.yml` file.
+
+        Raises:
+            ConfigError: when the file cannot be read as such, or as `from_dict` does.
+        """
+        return cls.from_dict(read_fields(path))
+
+
+def read_fields(path: str | Path) -> dict[str, Any]:
+    """The fields in a `.json`, `.yaml` or `.yml` file, not checked yet.
+
+    Raises:
+        ConfigError: when the file cannot be read as such.
+    """
+    path = Path(path)
+    text = path.read_text(encoding="utf-8")
+    try:
+        values = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of fields")
+    return values
+
+
+def _read_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(str(error)) from None
+
+
+def field_docs(config: type[Config]) -> dict[str, str]:
+    """The docstrings below the fields of a configuration, by name, each as one paragraph."""
+    docs = {}
+    for cls in reversed(config.__mro__):
+        if not issubclass(cls, Config):
+            continue
+        (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
+        body = definition.body if isinstance(definition, ast.ClassDef) else []
+        for field, doc in itertools.pairwise(body):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)):
+                continue
+            if isinstance(field.target, ast.Name) and isinstance(doc.value, ast.Constant):
+                docs[field.target.id] = " ".join(str(doc.value.value).split())
+    return docs
+
 
 def _checked(name: str, value: Any, hint: Any, lowest: int) -> Any:
     """A field's value, if it fits the annotation, as plain data that JSON can hold.
@@ -75,8 +131,9 @@ def _checked(name: str, value: Any, hint: Any, lowest: int) -> Any:
     if get_origin(kind) is Literal:
         fits, wanted = isinstance(value, str) and value in choices, f"one of {choices}"
     elif get_origin(kind) is tuple:
-        fits = isinstance(value, list | tuple) and all(_is_finite(entry) for entry in value)
-        wanted = "a tuple of finite numbers"
+        entry_kind, number = choices[0], {int: Integral, float: Real}[choices[0]]
+        fits = isinstance(value, list | tuple) and all(_is_finite(e, number) for e in value)
+        wanted = "a tuple of integers" if entry_kind is int else "a tuple of finite numbers"
     elif kind is int:
         fits = _is_finite(value, Integral) and value >= lowest
         wanted = "a positive integer" if lowest else "an integer from 0"
@@ -89,7 +146,7 @@ def _checked(name: str, value: Any, hint: Any, lowest: int) -> Any:
         or_none = " or None" if NoneType in kinds else ""
         raise ConfigError(f"{name} = {value!r} must be {wanted}{or_none}")
     if get_origin(kind) is tuple:
-        return tuple(float(entry) for entry in value)
+        return tuple(entry_kind(entry) for entry in value)
     return kind(value) if kind in (int, float) else value
 
 

@@ -308,6 +308,14 @@ def test_a_run_learns_logs_and_saves(tmp_path):
         assert float(error / variance) < 2 * lines[-1][f"blocks.{layer}/losses/mse_loss"] + 0.05
 
 
+def test_a_run_without_a_directory_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = config(tmp_path, output_path=None)
+    in_memory = weights(trainer(cfg).run(progress=False))
+    assert list(tmp_path.iterdir()) == []
+    assert_equal(in_memory, weights(trainer(config(tmp_path)).run(progress=False)))
+
+
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(tmp_path):
     whole = weights(trainer(config(tmp_path / "whole")).run(progress=False))
     cfg = config(tmp_path / "parts")

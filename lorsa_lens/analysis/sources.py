@@ -54,11 +54,14 @@ class SourceScores:
         """Heads that do little else than fetch from this source, strongest first."""
         named = (self.share >= min_share) & (self.energy >= min_energy)
         named &= self.n_queries >= min_queries
-        order = self.strength.argsort(descending=True).tolist()
+        order = self.strength.argsort(descending=True, stable=True).tolist()
         return [head for head in order if named[head]]
 
     def mean_share(self, heads: Sequence[int]) -> float:
-        """Share of the z pattern on the source over some heads, by their energy."""
+        """Share of the z pattern on the source over some heads, by their energy there.
+
+        Not a number if none of them stays at a query that has a source.
+        """
         chosen = list(heads)
         weights = self.strength[chosen]
         return float((self.share[chosen] * weights).sum() / weights.sum())
@@ -79,13 +82,18 @@ def source_scores(
         record: what the layer received, from `record_attention`.
         sources: by name, the position of each token's source, -1 where it has none.
         batch_size: sequences at a time.
+
+    Raises:
+        ValueError: if the positions of a source are not those of the record's sequences.
     """
+    for name, positions in sources.items():
+        _check_shape(f"sources[{name!r}]", positions, record)
     n_heads, device = lorsa.cfg.n_ov_heads, lorsa.W_O.device
     total = torch.zeros(n_heads, dtype=torch.float64, device=device)
     on_queries = {name: torch.zeros_like(total) for name in sources}
     on_source = {name: torch.zeros_like(total) for name in sources}
     n_queries = {name: torch.zeros_like(total, dtype=torch.long) for name in sources}
-    for rows, part in _batches(record, batch_size):
+    for rows, part in _batches(lorsa, record, batch_size):
         energy = _energy(lorsa, part)
         total += energy.sum((0, 1))
         pattern, values = _pattern_and_values(lorsa, part)
@@ -128,19 +136,33 @@ def activity_f1(
         heads: which heads, taken together.
         queries: the tokens to detect.
         batch_size: sequences at a time.
+
+    Raises:
+        ValueError: if `queries` are not the tokens of the record's sequences.
     """
+    _check_shape("queries", queries, record)
     hits = guesses = 0
-    for rows, part in _batches(record, batch_size):
+    for rows, part in _batches(lorsa, record, batch_size):
         active = (_energy(lorsa, part)[..., list(heads)] > 0).any(-1)
-        hits += int((active & queries[rows]).sum())
+        hits += int((active & queries[rows].to(active.device)).sum())
         guesses += int(active.sum())
     return 2 * hits / max(1, guesses + int(queries.sum()))
 
 
-def _batches(record: AttentionRecord, size: int) -> Iterator[tuple[slice, AttentionRecord]]:
+def _batches(
+    lorsa: Lorsa, record: AttentionRecord, size: int
+) -> Iterator[tuple[slice, AttentionRecord]]:
     for start in range(0, record.x.shape[0], size):
         rows = slice(start, start + size)
-        yield rows, record.batch(rows)
+        yield rows, record.batch(rows).seen_by(lorsa)
+
+
+def _check_shape(name: str, tensor: Tensor, record: AttentionRecord) -> None:
+    if tensor.shape != record.x.shape[:2]:
+        raise ValueError(
+            f"{name} has shape {list(tensor.shape)}, but the record has [batch, pos] = "
+            f"{list(record.x.shape[:2])}"
+        )
 
 
 def _energy(lorsa: Lorsa, part: AttentionRecord) -> Float[Tensor, "batch pos ov_head"]:

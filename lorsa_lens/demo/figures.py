@@ -43,7 +43,7 @@ def layer_figures(story: Story, lorsa: Lorsa) -> list[Section]:
     if layer is None or not found:
         return []
     scene = _scene(story, lorsa, found)
-    record = story.records[layer].batch(slice(scene.row, scene.row + 1))
+    record = story.records[layer].batch(slice(scene.row, scene.row + 1)).seen_by(lorsa)
     heads = list(scene.heads.values())
     circuits = sorted({head // lorsa.cfg.group_size for head in heads})
     n_shown = min(MAX_TOKENS, record.x.shape[1])
@@ -96,7 +96,7 @@ def _activity(
     """Absolute activations of some heads on the shown part of all test sequences."""
     record, parts = story.records[layer], []
     for start in range(0, record.x.shape[0], batch_size):
-        part = record.batch(slice(start, start + batch_size))
+        part = record.batch(slice(start, start + batch_size)).seen_by(lorsa)
         acts = to_dense(lorsa.encode(part.x, **part.context), lorsa.cfg.n_ov_heads)
         parts.append(acts[:, :MAX_TOKENS, heads].abs().cpu())
     return torch.cat(parts)

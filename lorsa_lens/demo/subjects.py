@@ -30,7 +30,7 @@ class Subject:
     load: tuple[str, str]
     """The import and the expression that load the model in a notebook."""
     model: nn.Module
-    train_tokens: Int[Tensor, "n_train pos"]
+    train_tokens: Int[Tensor, "n_train train_pos"]
     test_tokens: Int[Tensor, "n_test pos"]
     predicted: Bool[Tensor, "n_test pos"] | None
     """Positions of the test tokens whose next token counts for the cross entropy. None: all."""
@@ -92,23 +92,28 @@ def from_model(
 
     Args:
         name: a folder with a Hugging Face model and its tokenizer, or an id on the hub.
-        tokens_file: `.npy` with token ids [sequence, pos], or a text file. None: the model writes.
+        tokens_file: `.npy` with token ids [sequence, pos], or a text file, which is cut into
+            contexts that start with the BOS token. None: the model writes.
         layers: which layers get a Lorsa. None: all.
         n_train: sequences to train on.
         n_ctx: tokens per sequence.
         seed: for sampling.
 
     Raises:
-        ValueError: if the file holds too few tokens or ids outside the vocabulary, or a layer does
-            not exist.
+        ValueError: if the model cannot be loaded, has no tokenizer, or a layer of it does not exist
+            or cannot be replaced; if the file is none of the above, or holds too few tokens or ids
+            outside the vocabulary.
     """
     model = load_host(name)
+    if model.tokenizer is None:
+        raise ValueError(f"the model {name} has no tokenizer: put its files beside the weights")
     host = host_of(model)
-    chosen = list(range(host.n_layers)) if layers is None else layers
+    chosen = sorted(set(range(host.n_layers) if layers is None else layers))
     for layer in chosen:
-        host.check_layer(layer)
+        host.read_attention(layer)  # refuses what a Lorsa cannot replace, before any work
     n_ctx = min(n_ctx, int(model.cfg.n_ctx))
     n_sequences = n_train + N_TEST
+    short_name = Path(name).resolve().name
     if tokens_file is None:
         tokens = _sampled(model, n_sequences, n_ctx, seed)
     else:
@@ -117,9 +122,9 @@ def from_model(
     test = tokens[:n_test]
     n_heads = int(model.cfg.n_heads)
     return Subject(
-        name=Path(name).name,
-        title=f"{Path(name).name}: {host.n_layers} layers, d_model {host.d_model}",
-        load=("from lorsa_lens.hosts.loading import load_host", f'load_host("{name}")'),
+        name=short_name,
+        title=f"{short_name}: {host.n_layers} layers, d_model {host.d_model}",
+        load=("from lorsa_lens.hosts.loading import load_host", f"load_host({name!r})"),
         model=model,
         train_tokens=tokens[n_test:],
         test_tokens=test,
@@ -137,10 +142,7 @@ def from_model(
 
 def _sampled(model: Any, n_sequences: int, n_ctx: int, seed: int) -> Tensor:
     """Sequences that the model writes itself at temperature 1, after its first token."""
-    first = model.tokenizer.bos_token_id
-    if first is None:
-        first = model.tokenizer.eos_token_id
-    prompt = torch.full((n_sequences, 1), 0 if first is None else int(first))
+    prompt = torch.tensor(_first_token(model) or [0]).expand(n_sequences, 1)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         written: Tensor = model.generate(
@@ -156,22 +158,50 @@ def _sampled(model: Any, n_sequences: int, n_ctx: int, seed: int) -> Tensor:
     return written.to("cpu")
 
 
-def _read_tokens(model: Any, path: Path, n_sequences: int, n_ctx: int) -> Tensor:
-    if path.suffix == ".npy":
-        import numpy as np
+def _first_token(model: Any) -> list[int]:
+    """What sequences start with: the BOS token, or the EOS token where that is its stand-in."""
+    ids = (model.tokenizer.bos_token_id, model.tokenizer.eos_token_id)
+    return [int(token) for token in ids if token is not None][:1]
 
-        ids = torch.from_numpy(np.load(path, allow_pickle=False).astype("int64"))
-        if ids.ndim != 2:
-            raise ValueError(f"{path} holds an array of shape {tuple(ids.shape)}: give [n, pos]")
-    else:
-        encoded = model.tokenizer(path.read_text(encoding="utf-8"))["input_ids"]
-        n_whole = len(encoded) // n_ctx
-        ids = torch.tensor(encoded[: n_whole * n_ctx]).view(n_whole, n_ctx)
-    if ids.shape[0] < 3:
+
+def _read_tokens(model: Any, path: Path, n_sequences: int, n_ctx: int) -> Tensor:
+    ids = _read_ids(path) if path.suffix == ".npy" else _tokenized(model, path, n_ctx)
+    ids = ids[:n_sequences, :n_ctx]
+    if ids.shape[0] < 3 or ids.shape[1] < 2:
         raise ValueError(
-            f"{path} gives {ids.shape[0]} sequences of {n_ctx} tokens: at least 3 are needed"
+            f"{path} gives {ids.shape[0]} sequences of {ids.shape[1]} tokens: at least 3 of at "
+            "least 2 are needed"
         )
     d_vocab = int(model.cfg.d_vocab)
     if int(ids.min()) < 0 or int(ids.max()) >= d_vocab:
         raise ValueError(f"{path} holds ids outside 0 to {d_vocab - 1}, the model's vocabulary")
-    return ids[:n_sequences, :n_ctx]
+    return ids
+
+
+def _read_ids(path: Path) -> Tensor:
+    import numpy as np
+
+    try:
+        ids = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is no .npy file of numbers: {error}") from error
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(
+            f"{path} holds {ids.dtype} of shape {list(ids.shape)}: give integers [sequence, pos]"
+        )
+    return torch.from_numpy(ids.astype(np.int64))
+
+
+def _tokenized(model: Any, path: Path, n_ctx: int) -> Tensor:
+    """The tokens of a text, cut into whole contexts that all start with the first token."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}") from error
+    # Otherwise it warns of texts longer than the model's context.
+    encoded = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    first = _first_token(model)
+    n_own = n_ctx - len(first)
+    starts = range(0, len(encoded) - n_own + 1, n_own)
+    contexts = [first + encoded[start : start + n_own] for start in starts]
+    return torch.tensor(contexts, dtype=torch.long).view(len(contexts), n_ctx)

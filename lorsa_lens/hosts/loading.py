@@ -25,8 +25,8 @@ def load_host(name: str, *, device: torch.device | str = "cpu") -> Any:
         raise ValueError(f"{name} holds no config.json: give a folder with a Hugging Face model")
     try:
         return _load(name, str(device))
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
+    except (OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise ValueError(f"the model {name} cannot be loaded: {reason}") from error
 
 

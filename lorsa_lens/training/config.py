@@ -1,9 +1,7 @@
 """How Lorsas are trained, as data: every field documented and validated; JSON or YAML."""
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lorsa_lens.config import ActFn, OutputSite
 from lorsa_lens.validation import Config, ConfigError
@@ -24,6 +22,7 @@ class TrainingConfig(Config):
         "lr_warm_up_fraction", "lr_decay_fraction", "adam_beta1", "adam_beta2",
         "k_anneal_fraction", "l1_coefficient", "l0_coefficient", "aux_coefficient", "seed",
         "checkpoint_every",
+            "prefetch_batches",
     })  # fmt: skip
 
     # ------------------------------------------------------------------------------- the Lorsas
@@ -69,6 +68,9 @@ class TrainingConfig(Config):
 
     exclude_special_tokens: bool = True
     """Leave BOS, EOS and padding out of the loss; they stay visible to attention."""
+
+    prefetch_batches: int = 2
+    """Batches that the language model prepares ahead, in a thread. 0: none."""
 
     # ------------------------------------------------------------------------------- optimization
 
@@ -125,8 +127,9 @@ class TrainingConfig(Config):
 
     # ------------------------------------------------------------------------------- the run
 
-    output_path: str = "runs/lorsa"
-    """The run's directory: configuration, metrics, checkpoints, final Lorsas."""
+    output_path: str | None = None
+    """The run's directory: configuration, metrics, checkpoints, final Lorsas. None: nothing is
+    written, and a run that is stopped is lost."""
 
     checkpoint_every: int = 500
     """Steps between checkpoints. 0: none but the last."""
@@ -178,29 +181,3 @@ class TrainingConfig(Config):
     def batch_size(self) -> int:
         """Contexts of one optimizer step."""
         return self.train_batch_size_tokens // self.context_size
-
-    @classmethod
-    def from_file(cls, path: str | Path) -> "TrainingConfig":
-        """Read a `.json`, `.yaml` or `.yml` file.
-
-        Raises:
-            ConfigError: when the file cannot be read as such, or as `from_dict` does.
-        """
-        path = Path(path)
-        text = path.read_text(encoding="utf-8")
-        try:
-            values = _read_yaml(text) if path.suffix in (".yaml", ".yml") else json.loads(text)
-        except ValueError as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from None
-        if not isinstance(values, dict):
-            raise ConfigError(f"{path} holds {type(values).__name__}, not a mapping of fields")
-        return cls.from_dict(values)
-
-
-def _read_yaml(text: str) -> Any:
-    import yaml  # TransformerLens and its kin bring it along
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(str(error)) from None

@@ -7,10 +7,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lorsa_lens.lorsa import Lorsa, LorsaOutput
+from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.losses import auxiliary_loss, l0_penalty, l1_penalty, squared_error
+from lorsa_lens.training.ranks import Ranks
 from lorsa_lens.training.scaling import Scales, rescale
 from lorsa_lens.training.schedules import k_at, lr_factor
 
@@ -44,14 +45,18 @@ class LayerTrainer:
         lorsa: made for raw inputs and outputs; from now on at training scale, until `finished`.
         scales: those of training.
         cfg: the run's configuration.
+        ranks: the processes that train it together. None: those of `torch.distributed`.
     """
 
-    def __init__(self, lorsa: Lorsa, scales: Scales, cfg: TrainingConfig) -> None:
+    def __init__(
+        self, lorsa: Lorsa, scales: Scales, cfg: TrainingConfig, ranks: Ranks | None = None
+    ) -> None:
         rescale(lorsa, scales, to_raw=False)
         lorsa.train()
         self.lorsa = lorsa
         self.scales = scales
         self.cfg = cfg
+        self.ranks = Ranks() if ranks is None else ranks
         self.k = lorsa.cfg.k
         self.optimizer = torch.optim.Adam(
             lorsa.parameters(), lr=cfg.lr, betas=(cfg.adam_beta1, cfg.adam_beta2), fused=True
@@ -70,7 +75,7 @@ class LayerTrainer:
         """One optimizer step on a batch given in parts.
 
         Args:
-            parts: what the layer received and returned, on raw scale.
+            parts: what the layer received and returned, on raw scale: this process's share.
             step: which step of the run, from 0.
 
         Raises:
@@ -82,11 +87,14 @@ class LayerTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.cfg.lr * lr_factor(self.cfg, step)
         self.optimizer.zero_grad(set_to_none=True)
-        n_counted = sum(int(part.counted.sum()) for part in parts)
+        n_counted = self.ranks.sum(torch.stack([part.counted.sum() for part in parts]).sum())
         totals = torch.zeros(4, dtype=torch.float64)
+        fired = torch.zeros_like(self.unfired, dtype=torch.bool)
         for part in parts:
-            weight = int(part.counted.sum()) / max(1, n_counted)
-            totals += weight * self._backward(part, weight)
+            weight = float(part.counted.sum() / n_counted.clamp(min=1))
+            totals += weight * self._backward(part, weight, fired)
+        self.ranks.sum(totals)
+        self.ranks.sum_gradients(self.lorsa.parameters())
         grad_norm = self._clipped()
         loss, fvu, l0, aux = totals.tolist()
         if not (torch.isfinite(grad_norm) and torch.isfinite(totals).all()):
@@ -95,11 +103,15 @@ class LayerTrainer:
                 f"the gradient {float(grad_norm)}; try a lower lr than {self.cfg.lr}"
             )
         self.optimizer.step()
+        fired = self.ranks.any(fired)
+        self.unfired = (self.unfired + n_counted.to(fired.device)).masked_fill(fired, 0)
         dead = float(self.dead.double().mean())
         return StepMetrics(loss, fvu, l0, dead, aux, float(grad_norm))
 
-    def _backward(self, part: Part, weight: float) -> Float[Tensor, "4"]:
-        """Gradients of one part; its loss, FVU, L0 and auxiliary loss."""
+    def _backward(
+        self, part: Part, weight: float, fired: Bool[Tensor, " ov_head"]
+    ) -> Float[Tensor, "4"]:
+        """Gradients of one part; its loss, FVU, L0 and auxiliary loss. Notes who stays."""
         record = self.scales.scaled(part.record.seen_by(self.lorsa))
         counted = part.counted.to(record.x.device)
         with torch.autocast(record.x.device.type, torch.bfloat16, enabled=self.cfg.autocast):
@@ -110,7 +122,9 @@ class LayerTrainer:
             loss = loss + self.cfg.l1_coefficient * l1_penalty(self.lorsa, output, counted)
         if self.cfg.l0_coefficient:
             loss = loss + self.cfg.l0_coefficient * l0_penalty(self.lorsa, output, counted)
-        l0 = self._note_fired(output, counted)
+        stays = (output.code.values.detach() != 0) & counted[..., None]
+        fired[output.code.indices[stays]] = True
+        l0 = stays.sum() / counted.sum().clamp(min=1)
         if self.cfg.aux_coefficient:
             aux_k = self.cfg.aux_k or max(1, self.lorsa.cfg.d_model // 2)
             aux = auxiliary_loss(self.lorsa, output, record.out, counted, self.dead, aux_k)
@@ -118,14 +132,6 @@ class LayerTrainer:
         torch.autograd.backward(loss * weight)
         values = (loss, fvu, l0, aux)
         return torch.stack([value.detach().double().cpu() for value in values])
-
-    @torch.no_grad()
-    def _note_fired(self, output: LorsaOutput, counted: Tensor) -> Tensor:
-        """Count tokens since each head stayed; returns the mean number of heads that stay."""
-        stays = (output.code.values != 0) & counted[..., None]
-        self.unfired += counted.sum()
-        self.unfired[output.code.indices[stays]] = 0
-        return stays.sum() / counted.sum().clamp(min=1)
 
     def _clipped(self) -> Tensor:
         limit = self.cfg.max_grad_norm
@@ -165,4 +171,4 @@ class LayerTrainer:
                 parameter, _, key = name.removeprefix("adam.").rpartition(".")
                 state.setdefault(names.index(parameter), {})[key] = tensor
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
-        self.unfired.copy_(tensors["unfired"])
+        self.unfired = tensors["unfired"].to(self.unfired.device)

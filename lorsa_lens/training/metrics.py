@@ -103,11 +103,13 @@ class TensorBoard:
         self._writer.close()
 
 
-def open_sinks(cfg: TrainingConfig, run_dir: Path, first_step: int) -> list[Sink]:
-    """All sinks that a configuration asks for."""
+def open_sinks(cfg: TrainingConfig, run_dir: Path | None, first_step: int) -> list[Sink]:
+    """All sinks that a configuration asks for; files only in a run's directory."""
     sinks: list[Sink] = []
     if cfg.wandb_project is not None:
         sinks.append(WeightsAndBiases(cfg.wandb_project, cfg))
-    if cfg.tensorboard:
-        sinks.append(TensorBoard(run_dir / "tensorboard"))
-    return [JsonLines(run_dir / METRICS_FILE, first_step), *sinks]
+    if run_dir is not None:
+        sinks.append(JsonLines(run_dir / METRICS_FILE, first_step))
+        if cfg.tensorboard:
+            sinks.append(TensorBoard(run_dir / "tensorboard"))
+    return sinks

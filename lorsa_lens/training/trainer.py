@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from jaxtyping import Bool
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,6 +26,7 @@ from lorsa_lens.training.checkpoints import (
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.layer import LayerTrainer, Part, StepMetrics, TrainingError
 from lorsa_lens.training.metrics import named, open_sinks
+from lorsa_lens.training.ranks import Ranks
 from lorsa_lens.training.scaling import Scales, estimate_scales, fit_gain
 
 CONFIG_FILE = "training_config.json"
@@ -89,8 +91,8 @@ class Trainer:
         *,
         resume: bool = False,
     ) -> None:
-        self.cfg, self.source = cfg, source
-        self.run_dir = Path(cfg.output_path)
+        self.cfg, self.source, self.ranks = cfg, source, Ranks()
+        self.run_dir = None if cfg.output_path is None else Path(cfg.output_path)
         self.lorsas = lorsas
         self.layers: dict[int, LayerTrainer] = {}
         self.n_done = 0
@@ -99,16 +101,22 @@ class Trainer:
         self._best: tuple[float, int] = (float("inf"), 0)
         self._window: list[float] = []
         self._stop = False
-        found = checkpoints(self.run_dir / CHECKPOINTS)
+        if self.run_dir is not None:
+            self._open(self.run_dir, resume)
+
+    def _open(self, run_dir: Path, resume: bool) -> None:
+        """Begin a run's directory, or go on in it."""
+        found = checkpoints(run_dir / CHECKPOINTS)
         if resume and found:
             self._resume(found[-1])
-        elif not resume and (self.run_dir / CONFIG_FILE).exists():
+        elif not resume and (run_dir / CONFIG_FILE).exists():
             raise FileExistsError(
-                f"{self.run_dir} holds a run already: give resume=True, or another output_path"
+                f"{run_dir} holds a run already: give resume=True, or another output_path"
             )
-        else:
-            with atomic_write(self.run_dir / CONFIG_FILE) as temporary:
-                temporary.write_text(json.dumps(cfg.to_dict(), indent=2) + "\n", encoding="utf-8")
+        elif self.ranks.is_first:
+            text = json.dumps(self.cfg.to_dict(), indent=2) + "\n"
+            with atomic_write(run_dir / CONFIG_FILE) as temporary:
+                temporary.write_text(text, encoding="utf-8")
 
     # ------------------------------------------------------------------------------- the loop
 
@@ -126,7 +134,7 @@ class Trainer:
                 checkpoint.
             KeyboardInterrupt: after Ctrl-C.
         """
-        sinks = open_sinks(self.cfg, self.run_dir, self.n_done)
+        sinks = open_sinks(self.cfg, self.run_dir, self.n_done) if self.ranks.is_first else []
         bar = tqdm(
             total=self.cfg.n_steps, initial=self.n_done, desc="training", disable=not progress
         )
@@ -173,17 +181,23 @@ class Trainer:
         return metrics
 
     def _start(self, batches: list[Batch]) -> None:
-        """Estimate scales from the first batch, and put the Lorsas on training scale."""
+        """Estimate scales from the first batch, and put the Lorsas on training scale.
+
+        Several processes take those of the first one's share.
+        """
         for layer, lorsa in self.lorsas.items():
             record = batches[0].records[layer].seen_by(lorsa)
             counted = batches[0].counted.to(record.x.device)
             if self.cfg.fit_initial_gain and self.cfg.init != "random":
                 fit_gain(lorsa, record, counted)
-            self.layers[layer] = LayerTrainer(lorsa, estimate_scales(record, counted), self.cfg)
+            scales = estimate_scales(record, counted)
+            shared = torch.tensor([scales.x, scales.out], dtype=torch.float64)
+            self.ranks.of_first([shared, *(p.data for p in lorsa.parameters())])
+            self.layers[layer] = LayerTrainer(lorsa, Scales(*shared.tolist()), self.cfg, self.ranks)
 
     def _values(self, metrics: dict[int, StepMetrics]) -> dict[str, float]:
         lr = next(iter(self.layers.values())).optimizer.param_groups[0]["lr"]
-        values = {
+        values: dict[str, float] = {
             "details/current_learning_rate": lr,
             "details/n_training_tokens": self.n_done * self.cfg.train_batch_size_tokens,
         }
@@ -196,13 +210,21 @@ class Trainer:
     def _save_if_due(self) -> None:
         every = self.cfg.checkpoint_every
         due = every and self.n_done % every == 0
+        self._stop = bool(self.ranks.any(torch.tensor(self._stop)))
         if due or self._stop or self.n_done == self.cfg.n_steps:
             self.save()
         if self._stop and self.n_done < self.cfg.n_steps:
             raise KeyboardInterrupt
 
-    def save(self) -> Checkpoint:
-        """Write a checkpoint now, and remove those that are not to be kept."""
+    def save(self) -> Checkpoint | None:
+        """Write a checkpoint now, and remove those that are not to be kept.
+
+        Returns:
+            The checkpoint; None if the run has no directory.
+        """
+        if self.run_dir is None or not self.ranks.is_first:
+            self.ranks.wait()
+            return None
         if self._window:
             mean = sum(self._window) / len(self._window)
             self._best = min(self._best, (mean, self.n_done), key=lambda entry: entry[0])
@@ -222,6 +244,7 @@ class Trainer:
             },
         )
         prune(checkpoint.path.parent, self.cfg.n_checkpoints_kept, self._best[1])
+        self.ranks.wait()
         return checkpoint
 
     def _resume(self, checkpoint: Checkpoint) -> None:
@@ -250,13 +273,14 @@ class Trainer:
         self.source.load_state_dict(self._source_state)
 
     def _last_good(self) -> str:
-        found = checkpoints(self.run_dir / CHECKPOINTS)
+        found = [] if self.run_dir is None else checkpoints(self.run_dir / CHECKPOINTS)
         return f"The last good checkpoint is {found[-1].path}" if found else "No checkpoint yet"
 
     def _finish(self) -> dict[int, Lorsa]:
         finished = {layer: trainer.finished() for layer, trainer in self.layers.items()}
-        for layer, lorsa in finished.items():
-            lorsa.save_pretrained(self.run_dir / LORSAS / f"blocks.{layer}")
+        if self.run_dir is not None and self.ranks.is_first:
+            for layer, lorsa in finished.items():
+                lorsa.save_pretrained(self.run_dir / LORSAS / f"blocks.{layer}")
         return finished
 
     @contextmanager

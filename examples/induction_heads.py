@@ -15,7 +15,7 @@ from lorsa_lens.analysis.sources import source_scores
 from lorsa_lens.evaluation import evaluate
 from lorsa_lens.recording import record_attention
 from lorsa_lens.testbed import CyclicLanguage, load_model
-from lorsa_lens.training import train
+from lorsa_lens.training import TrainingConfig, train_on
 
 LAYER = 1
 
@@ -27,7 +27,11 @@ def main(n_steps: int = 400) -> dict[str, float]:
     test = CyclicLanguage(n_ctx=19, min_period=9).sample(128, seed=2)
 
     lorsa = Lorsa.from_attention(model, LAYER, n_qk_heads=8, n_ov_heads=256, k=4)
-    train(lorsa, record_attention(model, seen, [LAYER])[LAYER], n_steps=n_steps, progress=True)
+    batch = 32 * seen.shape[1]
+    config = TrainingConfig(
+        train_batch_size_tokens=batch, context_size=seen.shape[1], training_tokens=n_steps * batch
+    )
+    train_on({LAYER: lorsa}, record_attention(model, seen, [LAYER]), config)
 
     (fidelity,) = evaluate(model, lorsa, test.tokens, predicted=test.answer >= 0)
     record = record_attention(model, test.tokens, [LAYER])[LAYER]

@@ -15,7 +15,7 @@ from lorsa_lens.analysis.sources import source_scores
 from lorsa_lens.functional.code import to_dense
 from lorsa_lens.recording import record_attention
 from lorsa_lens.testbed import load_language, load_model, source_mass
-from lorsa_lens.training import train
+from lorsa_lens.training import TrainingConfig, train_on
 
 SUCCESSORS = ("nextnum", "nextday", "nextord")
 
@@ -33,7 +33,11 @@ def main(n_steps: int = 700) -> dict[str, list[int]]:
         print(f"  {rule:10} {' '.join(heads) or 'none'}")
 
     lorsa = Lorsa.from_attention(model, 0, n_qk_heads=8, n_ov_heads=256, k=4)
-    train(lorsa, record_attention(model, seen.tokens, [0])[0], n_steps=n_steps, progress=True)
+    n_pos = language.n_ctx
+    config = TrainingConfig(
+        train_batch_size_tokens=32 * n_pos, context_size=n_pos, training_tokens=n_steps * 32 * n_pos
+    )
+    train_on({0: lorsa}, record_attention(model, seen.tokens, [0]), config)
 
     record = record_attention(model, test.tokens, [0])[0]
     sources = {

@@ -38,7 +38,7 @@ def with_options(config: type[Config]) -> Callable[[Command], Command]:
         parameters = [_file_parameter(), *own]
         for field in fields(config):
             kind = _option_type(field.type)
-            default = "" if field.default is MISSING else f" [default: {field.default}]"
+            default = "" if field.default is MISSING else f" (default {field.default})"
             option = typer.Option(help=docs[field.name] + default, show_default=False)
             parameters.append(_keyword(field.name, Annotated[kind | None, option]))
         wrapper.__name__, wrapper.__doc__ = command.__name__, command.__doc__

@@ -126,14 +126,14 @@ def record_attention(
             )
     parts: dict[int, list[AttentionRecord]] = {layer: [] for layer in layers}
     starts = range(0, tokens.shape[0], batch_size)
-    with _recorded(host, layers, parts):
+    with recorded(host, layers, parts):
         for start in tqdm(starts, desc="recording attention", disable=not progress):
             model(tokens[start : start + batch_size], return_type=None)
-    return {layer: _joined(records) for layer, records in parts.items()}
+    return {layer: joined(records) for layer, records in parts.items()}
 
 
 @contextmanager
-def _recorded(
+def recorded(
     host: Host, layers: Sequence[int], parts: dict[int, list[AttentionRecord]]
 ) -> Iterator[None]:
     """Within, every call of the layers' attention is appended to `parts`."""
@@ -168,7 +168,7 @@ class _Recorder:
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Stands in for the attention module's `forward`."""
         call = self.host.receive(self.layer, args, kwargs)
-        out = self.host.run_original(self.original, call, args, kwargs)
+        out = self.host.run_original(self.layer, self.original, call, args, kwargs)
         record = AttentionRecord(
             x=call.x,
             out=out,
@@ -191,7 +191,8 @@ def _once(tensor: Tensor) -> Tensor:
     return tensor[:1].clone() if bool((tensor == tensor[:1]).all()) else tensor
 
 
-def _joined(records: list[AttentionRecord]) -> AttentionRecord:
+def joined(records: list[AttentionRecord]) -> AttentionRecord:
+    """Records of one layer, batch after batch, as one."""
     sizes = [record.x.shape[0] for record in records]
     positions = _joined_shared([record.positions for record in records], sizes)
     assert positions is not None

@@ -90,7 +90,7 @@ class Site:
         call = self.host.receive(self.layer, args, kwargs)
         target = None
         if self.error_term:
-            target = self.host.run_original(self._original, call, args, kwargs)
+            target = self.host.run_original(self.layer, self._original, call, args, kwargs)
         out = self._run(call, "lorsa")
         clean = out
         if self.error_term and (self.lorsa.has_hooks() or call.cache is not None):

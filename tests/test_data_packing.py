@@ -232,6 +232,7 @@ def test_shuffled_within_stretches():
     for first in (0, 4, 8):
         assert sorted(got[first : first + 4]) == plain[first : first + 4]
     assert got != plain
+    assert [t for (t,) in got[4:8]] != [t + 4 for (t,) in got[:4]]  # each in an order of its own
     assert tokens(contexts(rows, 1).shuffled(4, seed=0)) == got
     assert tokens(contexts(rows, 1).shuffled(4, seed=1)) != got
     assert tokens(contexts(rows, 1).shuffled(1, seed=0)) == plain

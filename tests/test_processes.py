@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from lorsa_lens.testbed import load_language, load_model
 from lorsa_lens.training.config import TrainingConfig
-from lorsa_lens.training.train import train
+from lorsa_lens.training import train
 
 torch.set_num_threads(1)
 if "RANK" in os.environ:

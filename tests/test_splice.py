@@ -566,15 +566,23 @@ def test_an_override_on_top_of_the_splice_is_not_thrown_away():
     assert "forward" not in attention.__dict__
 
 
-def test_an_override_below_the_splice_comes_back():
-    model = zoo.by_name("learned").build(torch.float32)
+@pytest.mark.parametrize("name", ["learned", "bridge-llama"])
+def test_an_override_below_the_splice_runs_for_the_error_term_and_comes_back(name):
+    model = zoo.by_name(name).build(torch.float32)
     attention = model.blocks[1].attn
     before = attention.forward
-    attention.forward = lambda **kwargs: before(**kwargs) * 2
+
+    def doubling(*args, **kwargs):
+        out = before(*args, **kwargs)
+        return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+    attention.__dict__["forward"] = doubling
     with torch.no_grad():
         doubled = model(TOKENS)
         with splice(model, sparse_lorsa(model)):
             assert not torch.equal(model(TOKENS), doubled)
+        with splice(model, sparse_lorsa(model), error_term=True):
+            torch.testing.assert_close(model(TOKENS), doubled, rtol=1e-5, atol=1e-5)
         assert torch.equal(model(TOKENS), doubled)
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorsa_lens.data.cached import CachedActivations
     from lorsa_lens.data.contexts import Context, Contexts, TokenBatch
     from lorsa_lens.data.documents import Document, Documents, IndexedDocuments
+    from lorsa_lens.data.in_memory import RecordedActivations
     from lorsa_lens.data.manifest import CacheError
     from lorsa_lens.data.packing import pack
     from lorsa_lens.data.prefetch import prefetched
@@ -33,6 +34,7 @@ _HOMES = {
     "Document": "documents",
     "Documents": "documents",
     "IndexedDocuments": "documents",
+    "RecordedActivations": "in_memory",
     "TokenBatch": "contexts",
     "cache_activations": "cache",
     "cache_size": "cache",
@@ -54,6 +56,7 @@ __all__ = [
     "Document",
     "Documents",
     "IndexedDocuments",
+    "RecordedActivations",
     "TokenBatch",
     "cache_activations",
     "cache_size",

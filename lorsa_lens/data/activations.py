@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lorsa_lens.data.contexts import Contexts, State, TokenBatch
 from lorsa_lens.data.prefetch import prefetched
 from lorsa_lens.hosts import Host, InputNorm, host_of
-from lorsa_lens.recording import AttentionRecord, _recorded
+from lorsa_lens.recording import AttentionRecord, recorded
 from lorsa_lens.site import site_at
 
 
@@ -172,7 +172,7 @@ class ActivationStream:
         parts: dict[int, list[AttentionRecord]] = {layer: [] for layer in self.layers}
         with self._model_in_use, torch.no_grad():
             _check_not_spliced(self.host, self.layers)
-            with _recorded(self.host, self.layers, parts):
+            with recorded(self.host, self.layers, parts):
                 self.host.model(tokens, **self._arguments)
         records = {layer: _moved(part, self.device) for layer, (part,) in parts.items()}
         if self.device is not None:

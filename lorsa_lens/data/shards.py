@@ -13,7 +13,7 @@ from lorsa_lens.data.contexts import TokenBatch
 from lorsa_lens.data.manifest import CacheError
 from lorsa_lens.hosts import InputNorm
 from lorsa_lens.io.atomic import atomic_write
-from lorsa_lens.recording import AttentionRecord, _joined
+from lorsa_lens.recording import AttentionRecord, joined
 
 STREAMS = ("x", "out", "qk_input", "attn_out")
 """Fields of a record that are activations, and are kept in the precision of the cache."""
@@ -35,7 +35,7 @@ def write_shard(path: Path, batches: Sequence[ActivationBatch], dtype: torch.dty
         for name in TokenBatch._fields
     }
     for layer in batches[0].records:
-        record = _joined([batch.records[layer] for batch in batches])
+        record = joined([batch.records[layer] for batch in batches])
         for name, value in record._asdict().items():
             if isinstance(value, Tensor):
                 tensors[f"{layer}.{name}"] = value.to(dtype) if name in STREAMS else value
@@ -124,7 +124,7 @@ def joined_rows(
         *(torch.cat(column)[order] for column in zip(*(part for part, _ in parts), strict=True))
     )
     records = {
-        layer: _joined([records[layer] for _, records in parts]).batch(order)
+        layer: joined([records[layer] for _, records in parts]).batch(order)
         for layer in parts[0][1]
     }
     return tokens, records

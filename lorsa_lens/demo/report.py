@@ -16,7 +16,7 @@ FIDELITY_COLUMNS = [
     "layer", "CE clean", "CE spliced", "CE zero", "recovered", "FVU", "K", "dead",
 ]  # fmt: skip
 FINDING_COLUMNS = [
-    "relation", "layer", "attention head: on source", "Lorsa heads", "on source", "F1",
+    "relation", "layer", "attention", "Lorsa heads", "on source", "F1", "untrained",
 ]  # fmt: skip
 
 READING_THE_TABLES = (
@@ -31,7 +31,10 @@ READING_THE_TABLES = (
     "and the Lorsa heads named after it, strongest first: at least half of their energy falls on "
     "tokens that have such a source, and at least half of their z pattern there lies on it. On "
     "source is how much it is for all of them, F1 that of 'one of them stays' as a detector of "
-    "such tokens. Where no attention head looks at a source, no Lorsa head can be expected to."
+    "such tokens. Untrained is both for the Lorsa before training, whose query-key circuits are "
+    "copies of the model's: sources come from these, so do not take them for a merit of training, "
+    "which is what makes the Lorsa faithful. Where no attention head looks at a source, no Lorsa "
+    "head can be expected to."
 )
 
 
@@ -42,7 +45,9 @@ def print_story(console: Console, story: Story) -> None:
         (FIDELITY_COLUMNS, _fidelity_rows(story)),
         (FINDING_COLUMNS, _finding_rows(story)),
     ):
-        table = RichTable(*columns)
+        table = RichTable()
+        for column in columns:
+            table.add_column(column, no_wrap=column == columns[0])
         for row in rows:
             table.add_row(*(str(cell) for cell in row))
         console.print(table)
@@ -85,14 +90,21 @@ def _finding_rows(story: Story) -> list[list[str]]:
 
 
 def _finding_row(finding: Finding) -> list[str]:
-    names = ", ".join(head_name(finding.layer, head) for head in finding.heads[:2])
-    if len(finding.heads) > 2:
-        names += f" + {len(finding.heads) - 2}"
+    names = head_name(finding.layer, finding.heads[0]) if finding.heads else "none"
+    if len(finding.heads) > 1:
+        names += f" + {len(finding.heads) - 1}"
     return [
         finding.relation,
         str(finding.layer),
         f"H{finding.attention_head}: {finding.attention_mass:.2f}",
-        names or "none",
+        names,
         "" if math.isnan(finding.share) else f"{finding.share:.2f}",
         "" if math.isnan(finding.f1) else f"{finding.f1:.2f}",
+        _untrained(finding),
     ]
+
+
+def _untrained(finding: Finding) -> str:
+    if math.isnan(finding.null_share):
+        return "none"
+    return f"{finding.null_share:.2f}, {finding.null_f1:.2f}"

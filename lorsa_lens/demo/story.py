@@ -1,7 +1,7 @@
 """Train a Lorsa on each attention layer of a subject, measure it, and name its heads."""
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Int
@@ -12,7 +12,10 @@ from lorsa_lens.demo.subjects import Subject
 from lorsa_lens.evaluation import Fidelity, evaluate
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord, record_attention
-from lorsa_lens.training.loop import train
+from lorsa_lens.training import TrainingConfig, train_on
+
+BATCH_SIZE = 32
+"""Sequences of one optimizer step."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,11 @@ class Finding:
     """How much of these heads' z pattern lies on the source, by energy."""
     f1: float
     """F1 of their activity as a detector of the queries that have such a source."""
+    null_share: float
+    """The share of heads named in the same way before any training: what copying the model's
+    query-key circuits gives by itself."""
+    null_f1: float
+    """Their F1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,43 +64,82 @@ def tell(subject: Subject, *, n_steps: int = 700, seed: int = 0, progress: bool 
     """
     model = subject.model
     records = record_attention(model, subject.train_tokens, subject.layers, progress=progress)
-    lorsas = []
-    for layer in subject.layers:
-        sizes: dict[str, Any] = {**subject.sizes}
-        lorsa = Lorsa.from_attention(model, layer, seed=seed, **sizes)
-        train(lorsa, records[layer], n_steps=n_steps, seed=seed, progress=progress)
-        lorsas.append(lorsa)
-    fidelity = evaluate(model, lorsas, subject.test_tokens, predicted=subject.predicted)
     tests = record_attention(model, subject.test_tokens, subject.layers)
+    sizes: dict[str, Any] = {**subject.sizes}
+    lorsas = {
+        layer: Lorsa.from_attention(model, layer, seed=seed, **sizes) for layer in subject.layers
+    }
+    nulls = {layer: _named(subject, lorsas[layer], tests[layer]) for layer in subject.layers}
+    n_pos = subject.train_tokens.shape[1]
+    config = TrainingConfig(
+        context_size=n_pos,
+        train_batch_size_tokens=BATCH_SIZE * n_pos,
+        training_tokens=n_steps * BATCH_SIZE * n_pos,
+        seed=seed,
+    )
+    train_on(lorsas, records, config, progress=progress)
+    fidelity = evaluate(
+        model, list(lorsas.values()), subject.test_tokens, predicted=subject.predicted
+    )
     findings = [
         finding
-        for lorsa, layer in zip(lorsas, subject.layers, strict=True)
-        for finding in _findings(subject, lorsa, layer, tests[layer])
+        for layer, lorsa in lorsas.items()
+        for finding in _findings(subject, lorsa, layer, tests[layer], nulls[layer])
     ]
     return Story(
-        subject=subject, lorsas=lorsas, fidelity=fidelity, findings=findings, records=tests
+        subject=subject,
+        lorsas=list(lorsas.values()),
+        fidelity=fidelity,
+        findings=findings,
+        records=tests,
     )
 
 
-def _findings(subject: Subject, lorsa: Lorsa, layer: int, record: AttentionRecord) -> list[Finding]:
+class _Named(NamedTuple):
+    """The heads named after a relation, and their scores."""
+
+    heads: list[int]
+    share: float
+    f1: float
+
+
+def _named(subject: Subject, lorsa: Lorsa, record: AttentionRecord) -> dict[str, _Named]:
+    """By relation, the heads named after it."""
     scores = source_scores(lorsa, record, subject.sources)
-    masses = _attention_masses(subject.model, subject.test_tokens, layer, subject.sources)
-    findings = []
+    named = {}
     for relation, sources in subject.sources.items():
         heads = scores[relation].heads()
-        mass = masses[relation]
-        findings.append(
-            Finding(
-                relation=relation,
-                layer=layer,
-                attention_head=int(mass.argmax()),
-                attention_mass=float(mass.max()),
-                heads=heads,
-                share=scores[relation].mean_share(heads) if heads else float("nan"),
-                f1=activity_f1(lorsa, record, heads, sources >= 0) if heads else float("nan"),
-            )
+        share, f1 = float("nan"), float("nan")
+        if heads:
+            share = scores[relation].mean_share(heads)
+            f1 = activity_f1(lorsa, record, heads, sources >= 0)
+        named[relation] = _Named(heads, share, f1)
+    return named
+
+
+def _findings(
+    subject: Subject,
+    lorsa: Lorsa,
+    layer: int,
+    record: AttentionRecord,
+    nulls: dict[str, _Named],
+) -> list[Finding]:
+    masses = _attention_masses(subject.model, subject.test_tokens, layer, subject.sources)
+    named = _named(subject, lorsa, record)
+    return [
+        Finding(
+            relation=relation,
+            layer=layer,
+            attention_head=int(masses[relation].argmax()),
+            attention_mass=float(masses[relation].max()),
+            heads=named[relation].heads,
+            share=named[relation].share,
+            f1=named[relation].f1,
+            null_share=nulls[relation].share,
+            null_f1=nulls[relation].f1,
         )
-    return findings
+        for relation in subject.sources
+    ]
 
 
 @torch.no_grad()

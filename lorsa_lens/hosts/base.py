@@ -14,6 +14,9 @@ from lorsa_lens.hook_points import HookPoint
 Forward = Callable[..., Any]
 """The `forward` of a module."""
 
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
 
 class UnsupportedAttentionError(ValueError):
     """An attention layer that a Lorsa cannot replace truthfully; the message says why."""
@@ -182,7 +185,7 @@ class Host(ABC):
 
     @abstractmethod
     def run_original(
-        self, original: Forward, call: AttentionCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, original: Forward, call: AttentionCall, args: Args, kwargs: Kwargs
     ) -> Tensor:
         """What the layer's own attention, whose `forward` is `original`, returns for a call."""
 

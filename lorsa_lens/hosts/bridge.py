@@ -14,11 +14,13 @@ from typing_extensions import override
 from lorsa_lens.hook_points import HookPoint, fire
 from lorsa_lens.hosts import read_bridge
 from lorsa_lens.hosts.base import (
+    Args,
     AttentionCall,
     AttentionWeights,
     Forward,
     Host,
     InputNorm,
+    Kwargs,
     LayerCache,
 )
 
@@ -103,14 +105,13 @@ class BridgeHost(Host):
 
     @override
     def run_original(
-        self, original: Forward, call: AttentionCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, original: Forward, call: AttentionCall, args: Args, kwargs: Kwargs
     ) -> Tensor:
         if "hidden_states" in kwargs:
             kwargs = {**kwargs, "hidden_states": call.x}
         else:
             args = (call.x, *args[1:])
-        component = original.__self__  # type: ignore[attr-defined]
-        with _silenced(component, "hook_in", "hook_out"):
+        with _silenced(self.attention(layer), "hook_in", "hook_out"):
             out = original(*args, **kwargs)
         first: Tensor = out[0] if isinstance(out, tuple) else out
         return first
@@ -121,7 +122,9 @@ class BridgeHost(Host):
 
     @override
     def run_post_norm(self, layer: int, original: Forward, args: tuple[Any, ...]) -> Tensor:
-        with _silenced(original.__self__, "hook_out"):  # type: ignore[attr-defined]
+        post_norm = self.post_norm(layer)
+        assert post_norm is not None  # it is its `forward` that is called
+        with _silenced(post_norm, "hook_out"):
             out: Tensor = original(*args)
         return out
 

@@ -12,11 +12,13 @@ from typing_extensions import override
 from lorsa_lens.hook_points import HookPoint
 from lorsa_lens.hosts import read_hooked
 from lorsa_lens.hosts.base import (
+    Args,
     AttentionCall,
     AttentionWeights,
     Forward,
     Host,
     InputNorm,
+    Kwargs,
     LayerCache,
 )
 
@@ -105,7 +107,7 @@ class HookedTransformerHost(Host):
 
     @override
     def run_original(
-        self, original: Forward, call: AttentionCall, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, layer: int, original: Forward, call: AttentionCall, args: Args, kwargs: Kwargs
     ) -> Tensor:
         out: Tensor = original(*args, **kwargs)
         return out

@@ -14,9 +14,9 @@ from lorsa_lens.hosts import host_of
 from lorsa_lens.hosts.loading import load_host
 from lorsa_lens.io.atomic import atomic_write
 from lorsa_lens.lorsa import Lorsa
+from lorsa_lens.training.loops import train
 from lorsa_lens.training.ranks import Ranks
 from lorsa_lens.training.run_config import RunConfig
-from lorsa_lens.training.train import train
 from lorsa_lens.training.trainer import LORSAS
 
 PACKAGES = ("lorsa-lens", "torch", "transformer-lens", "transformers", "numpy")

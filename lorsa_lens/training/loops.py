@@ -4,14 +4,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from jaxtyping import Bool
+from torch import Tensor, nn
 
 from lorsa_lens.data import ActivationStream, open_documents, pack, special_token_ids
 from lorsa_lens.data.hugging_face import is_dataset
+from lorsa_lens.data.in_memory import RecordedActivations
 from lorsa_lens.data.sharing import SharedContexts
 from lorsa_lens.hosts import Host, host_of
 from lorsa_lens.lift import lift
 from lorsa_lens.lorsa import Lorsa
+from lorsa_lens.recording import AttentionRecord
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.ranks import Ranks
 from lorsa_lens.training.trainer import Trainer
@@ -59,6 +63,42 @@ def train(
     lorsas = {layer: initial_lorsa(host, layer, cfg) for layer in chosen}
     stream = activation_stream(model, tokens, chosen, cfg)
     return Trainer(lorsas, stream, cfg, resume=resume).run(progress=progress)
+
+
+def train_on(
+    lorsas: dict[int, Lorsa],
+    records: dict[int, AttentionRecord],
+    config: TrainingConfig | None = None,
+    *,
+    counted: Bool[Tensor, "batch pos"] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> dict[int, Lorsa]:
+    """Train Lorsas, in place, on records in memory: little text, gone through many times.
+
+    Args:
+        lorsas: by layer, what to train, best made with `Lorsa.from_attention`. Their sizes are
+            their own; those in the configuration do not matter.
+        records: by layer, from `record_attention`.
+        config: everything else; each step takes `train_batch_size_tokens` tokens of whole
+            sequences, at least one sequence and at most all.
+        counted: positions that count in the loss. None: all.
+        resume: go on from the newest checkpoint in `config.output_path`, if there is one.
+        progress: show a progress bar.
+
+    Returns:
+        The Lorsas.
+    """
+    cfg = TrainingConfig() if config is None else config
+    n_sequences, n_pos, _ = next(iter(records.values())).x.shape
+    source = RecordedActivations(
+        records,
+        torch.zeros(n_sequences, n_pos, dtype=torch.long),
+        batch_size=min(n_sequences, max(1, cfg.train_batch_size_tokens // n_pos)),
+        counted=counted,
+        seed=cfg.seed,
+    )
+    return Trainer(lorsas, source, cfg, resume=resume).run(progress=progress)
 
 
 def initial_lorsa(host: Host, layer: int, cfg: TrainingConfig) -> Lorsa:

@@ -44,7 +44,7 @@ class Subject:
     """Which layers get a Lorsa."""
 
 
-def from_testbed(name: ModelName, *, n_train: int = 2048, seed: int = 0) -> Subject:
+def from_testbed(name: ModelName, *, n_train: int = 4096, seed: int = 0) -> Subject:
     """A model of the testbed on its own language, whose rules are the relations."""
     language, model = load_language(name), load_model(name)
     train = language.sample(n_train, seed=seed + 1)

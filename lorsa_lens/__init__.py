@@ -5,8 +5,9 @@ The names below are imported when they are first used, so that `import lorsa_len
     >>> from lorsa_lens import Lorsa, splice
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from lorsa_lens.lazy import lazy
 
 __version__ = "0.1.0"
 
@@ -67,14 +68,4 @@ __all__ = [
     "zero_heads",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lorsa_lens' has no attribute {name!r}")
-    value = getattr(import_module(f"lorsa_lens.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOMES})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

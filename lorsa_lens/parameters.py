@@ -1,4 +1,4 @@
-"""What a Lorsa is made of: parameters and hook points. What it computes is in `lorsa.py`."""
+"""What a Lorsa is made of: parameters and hook points."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

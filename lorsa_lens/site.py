@@ -6,9 +6,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from lorsa_lens.attention import LorsaState
 from lorsa_lens.hook_points import HookPoint, fire
 from lorsa_lens.hosts import AttentionCall, Host
-from lorsa_lens.lorsa import Lorsa, LorsaState
+from lorsa_lens.lorsa import Lorsa
 
 HOLDER = "lorsa"
 """Name under the attention module at which the Lorsa's hook points appear."""

@@ -119,7 +119,7 @@ def test_several_blocks_of_queries_equal_one(monkeypatch):
     whole = lorsa(x)
     (grad_whole,) = torch.autograd.grad(whole.square().sum(), x)
     four_rows = partial(attend, block_elements=2 * 2 * 23 * 4)
-    monkeypatch.setattr("lorsa_lens.lorsa.attend", four_rows)
+    monkeypatch.setattr("lorsa_lens.attention.attend", four_rows)
     blocks = lorsa(x)
     (grad_blocks,) = torch.autograd.grad(blocks.square().sum(), x)
     torch.testing.assert_close(blocks, whole)

@@ -6,8 +6,9 @@ Every step keeps its place: `state_dict()` is a few numbers that JSON can hold, 
 loads them goes on with exactly the next context.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lorsa_lens.lazy import lazy
 
 if TYPE_CHECKING:
     from lorsa_lens.data.activations import ActivationBatch, ActivationStream
@@ -67,8 +68,4 @@ __all__ = [
     "special_token_ids",
 ]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Float, Int
@@ -95,6 +96,9 @@ class AttentionCall:
 class Host(ABC):
     """A model whose attention layers can be read and replaced."""
 
+    reader: ModuleType
+    """Reads weights: `read_attention(model, layer)` and `input_norm(model, layer)`."""
+
     forbidden: tuple[str, ...] = ()
     """Methods of the model that rewrite its weights: refused while a Lorsa is in place."""
 
@@ -159,13 +163,20 @@ class Host(ABC):
         """Whether attention receives the normalized residual stream with no affine part."""
         return self.input_norm(layer) is None
 
-    @abstractmethod
     def read_attention(self, layer: int) -> AttentionWeights:
-        """Weights and all else of a layer's attention."""
+        """Weights and all else of a layer's attention.
 
-    @abstractmethod
+        Raises:
+            UnsupportedAttentionError: if a Lorsa cannot stand in for this attention.
+        """
+        self.check_layer(layer)
+        weights: AttentionWeights = self.reader.read_attention(self.model, layer)
+        return weights
+
     def input_norm(self, layer: int) -> InputNorm | None:
         """The affine part of the norm before attention, None if there is none or it is folded."""
+        norm = self.reader.input_norm(self.model, layer)
+        return None if norm is None else InputNorm(*norm)
 
     @abstractmethod
     def post_norm(self, layer: int) -> nn.Module | None:

@@ -16,10 +16,8 @@ from lorsa_lens.hosts import read_bridge
 from lorsa_lens.hosts.base import (
     Args,
     AttentionCall,
-    AttentionWeights,
     Forward,
     Host,
-    InputNorm,
     Kwargs,
     LayerCache,
 )
@@ -28,17 +26,8 @@ from lorsa_lens.hosts.base import (
 class BridgeHost(Host):
     """A TransformerBridge: attention is called by Hugging Face's code, in several ways."""
 
+    reader = read_bridge
     forbidden = ("enable_compatibility_mode", "process_weights", "process_compatibility_weights")
-
-    @override
-    def read_attention(self, layer: int) -> AttentionWeights:
-        self.check_layer(layer)
-        return read_bridge.read_attention(self.model, layer)
-
-    @override
-    def input_norm(self, layer: int) -> InputNorm | None:
-        norm = read_bridge.input_norm(self.model, layer)
-        return None if norm is None else InputNorm(*norm)
 
     @override
     def post_norm(self, layer: int) -> nn.Module | None:

@@ -14,10 +14,8 @@ from lorsa_lens.hosts import read_hooked
 from lorsa_lens.hosts.base import (
     Args,
     AttentionCall,
-    AttentionWeights,
     Forward,
     Host,
-    InputNorm,
     Kwargs,
     LayerCache,
 )
@@ -37,6 +35,7 @@ ARGUMENTS = (
 class HookedTransformerHost(Host):
     """A HookedTransformer or a HookedEncoder."""
 
+    reader = read_hooked
     forbidden = (
         "process_weights_",
         "load_and_process_state_dict",
@@ -45,16 +44,6 @@ class HookedTransformerHost(Host):
         "center_writing_weights",
         "refactor_factored_attn_matrices",
     )
-
-    @override
-    def read_attention(self, layer: int) -> AttentionWeights:
-        self.check_layer(layer)
-        return read_hooked.read_attention(self.model, layer)
-
-    @override
-    def input_norm(self, layer: int) -> InputNorm | None:
-        norm = read_hooked.input_norm(self.model, layer)
-        return None if norm is None else InputNorm(*norm)
 
     @override
     def post_norm(self, layer: int) -> nn.Module | None:

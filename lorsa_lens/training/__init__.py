@@ -1,7 +1,8 @@
 """Training Lorsas on what attention layers receive and return."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lorsa_lens.lazy import lazy
 
 if TYPE_CHECKING:
     from lorsa_lens.training.config import TrainingConfig
@@ -19,10 +20,4 @@ _HOMES = {
 
 __all__ = ["Trainer", "TrainingConfig", "TrainingError", "train", "train_on"]
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy(__name__, _HOMES)

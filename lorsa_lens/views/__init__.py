@@ -4,8 +4,9 @@ Importing this package imports neither circuitsvis nor transformer_lens; circuit
 when a view is first asked for.
 """
 
-from importlib import import_module
 from typing import TYPE_CHECKING
+
+from lorsa_lens.lazy import lazy
 
 if TYPE_CHECKING:
     from lorsa_lens.views.checks import MAX_HEADS, MAX_TEXT_TOKENS, MAX_TOKENS
@@ -52,14 +53,4 @@ _HOME = {
     "z_pattern_view": "figures",
 }
 
-
-def __getattr__(name: str) -> object:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOME)

@@ -1,6 +1,6 @@
 """The attention of a Lorsa: from the input to the activation of every head, before selection."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -43,11 +43,30 @@ class LorsaAttention(LorsaParameters):
             qk_heads: which circuits.
             **context: `qk_input`, `positions`, `keep`, as in `forward`.
         """
+        (pattern,) = self.pattern_blocks(x, [qk_heads], **context)
+        return pattern
+
+    def pattern_blocks(
+        self, x: Float[Tensor, "batch pos d_model"], blocks: Iterable[Sequence[int]], **context: Any
+    ) -> Iterator[Float[Tensor, "batch qk_head query key"]]:
+        """`pattern` of one block of circuits after another; only one is held at a time.
+
+        Args:
+            x: as in `forward`.
+            blocks: which circuits, block by block; a circuit may come again.
+            **context: `qk_input`, `positions`, `keep`, as in `forward`.
+        """
         q, k, _, mask = self._project(x, **context)
-        return attention_pattern(self._scores(q, k, mask, qk_heads))
+        for qk_heads in blocks:
+            yield attention_pattern(self._scores(q, k, mask, qk_heads))
 
     def z_pattern(
-        self, x: Float[Tensor, "batch pos d_model"], ov_heads: Sequence[int], **context: Any
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        ov_heads: Sequence[int],
+        *,
+        queries: Sequence[int] | None = None,
+        **context: Any,
     ) -> Float[Tensor, "batch ov_head query key"]:
         """What each source token contributes to chosen heads: `A[q, k] v[k]`.
 
@@ -56,12 +75,33 @@ class LorsaAttention(LorsaParameters):
         Args:
             x: as in `forward`.
             ov_heads: which rank-1 heads.
+            queries: at which positions; the patterns at others are not formed. None: all.
             **context: `qk_input`, `positions`, `keep`, as in `forward`.
         """
         q, k, v, mask = self._project(x, **context)
         circuits = [head // self.cfg.group_size for head in ov_heads]
-        pattern = attention_pattern(self._scores(q, k, mask, circuits)).to(v.dtype)
+        if queries is None:
+            scores = self._scores(q, k, mask, circuits)
+        else:
+            rows = [self._scores(q, k, mask, circuits, (at, at + 1)) for at in queries]
+            scores = torch.cat(rows, dim=2)
+        pattern = attention_pattern(scores).to(v.dtype)
         return einsum(pattern, v[..., list(ov_heads)], "b head q k, b k head -> b head q k")
+
+    def queries_and_keys(
+        self, x: Float[Tensor, "batch pos d_model"], **context: Any
+    ) -> tuple[
+        Float[Tensor, "batch pos n_qk_heads d_qk_head"],
+        Float[Tensor, "batch pos n_qk_heads d_qk_head"],
+    ]:
+        """Queries and keys, normalized and rotated: their products are scores times the divisor.
+
+        Args:
+            x: as in `forward`.
+            **context: `qk_input`, `positions`, as in `forward`.
+        """
+        q, k, _, _ = self._project(x, **context)
+        return q, k
 
     def _project(
         self,
@@ -108,7 +148,7 @@ class LorsaAttention(LorsaParameters):
         flat = nn.functional.linear(
             x, rearrange(weight, "h m d -> (h d) m"), rearrange(bias, "h d -> (h d)")
         )
-        return rearrange(flat, "b s (h d) -> b s h d", h=self.cfg.n_qk_heads)
+        return rearrange(flat, "b s (h d) -> b s h d", h=weight.shape[0])
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cfg = self.cfg
@@ -124,10 +164,17 @@ class LorsaAttention(LorsaParameters):
         return torch.tensor(slopes, device=self.W_Q.device, dtype=self.W_Q.dtype)
 
     def _scores(
-        self, q: Tensor, k: Tensor, mask: AttentionMask, circuits: Sequence[int] | None = None
+        self,
+        q: Tensor,
+        k: Tensor,
+        mask: AttentionMask,
+        circuits: Sequence[int] | None = None,
+        queries: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Scores of all circuits, or of chosen ones only."""
+        """Scores of all circuits, or of chosen ones only; of all queries, or of a range."""
         slopes = self._slopes()
+        if queries is not None:
+            q = q[:, slice(*queries)]
         if circuits is not None:
             self._check_heads(circuits, self.cfg.n_qk_heads)
             chosen = list(circuits)
@@ -140,6 +187,7 @@ class LorsaAttention(LorsaParameters):
             divisor=self.cfg.score_divisor,
             soft_cap=self.cfg.attn_scores_soft_cap,
             alibi_slopes=slopes,
+            queries=queries,
         )
 
     def _pre_activations(

@@ -6,7 +6,7 @@ import inspect
 import itertools
 import json
 import math
-from dataclasses import MISSING, asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType, UnionType
@@ -103,11 +103,11 @@ def _read_yaml(text: str) -> Any:
         raise ValueError(str(error)) from None
 
 
-def field_docs(config: type[Config]) -> dict[str, str]:
-    """The docstrings below the fields of a configuration, by name, each as one paragraph."""
+def field_docs(config: type[Any]) -> dict[str, str]:
+    """The docstrings below the fields of a dataclass, by name, each as one paragraph."""
     docs = {}
     for cls in reversed(config.__mro__):
-        if not issubclass(cls, Config):
+        if not is_dataclass(cls):
             continue
         (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
         body = definition.body if isinstance(definition, ast.ClassDef) else []

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 from lorsa_lens.lazy import lazy
 
 if TYPE_CHECKING:
+    from lorsa_lens.views.bars import Bars
     from lorsa_lens.views.checks import MAX_HEADS, MAX_TEXT_TOKENS, MAX_TOKENS
+    from lorsa_lens.views.drawing import Drawing
     from lorsa_lens.views.figure import Figure
     from lorsa_lens.views.figures import attention_view, token_view, z_pattern_view
     from lorsa_lens.views.page import render, save
@@ -21,6 +23,8 @@ __all__ = [
     "MAX_HEADS",
     "MAX_TEXT_TOKENS",
     "MAX_TOKENS",
+    "Bars",
+    "Drawing",
     "Figure",
     "Heading",
     "Scale",
@@ -39,6 +43,8 @@ _HOME = {
     "MAX_HEADS": "checks",
     "MAX_TEXT_TOKENS": "checks",
     "MAX_TOKENS": "checks",
+    "Bars": "bars",
+    "Drawing": "drawing",
     "Figure": "figure",
     "Heading": "sections",
     "Scale": "spec",

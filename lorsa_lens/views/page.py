@@ -5,12 +5,14 @@ from hashlib import sha256
 from pathlib import Path
 
 from lorsa_lens.io.atomic import atomic_write
+from lorsa_lens.views.bars import Bars
 from lorsa_lens.views.bundle import bundle
+from lorsa_lens.views.drawing import Drawing
 from lorsa_lens.views.sections import Heading, Table, Text
 from lorsa_lens.views.spec import FigureSpec, HasSpec, escape
 from lorsa_lens.views.style import STYLE
 
-Section = Heading | Text | Table | HasSpec
+Section = Heading | Text | Table | Bars | Drawing | HasSpec
 """What a page is made of."""
 
 DEFAULT_TITLE = "Lorsa heads"
@@ -26,7 +28,8 @@ def render(*sections: Section, title: str = DEFAULT_TITLE) -> str:
     sections give equal pages.
 
     Args:
-        *sections: `Heading`, `Text`, `Table`, and the figures that the views return, in order.
+        *sections: `Heading`, `Text`, `Table`, `Bars`, and the figures that the views return, in
+            order.
         title: The title of the page, plain text.
 
     Returns:
@@ -37,14 +40,14 @@ def render(*sections: Section, title: str = DEFAULT_TITLE) -> str:
         TypeError: If a section is something else.
     """
     if not sections:
-        raise ValueError("sections is empty; pass figures, Heading, Text or Table")
+        raise ValueError("sections is empty; pass figures, Heading, Text, Table or Bars")
     for number, section in enumerate(sections):
         _check_section(number, section)
 
     figures: list[FigureSpec] = []
     body: list[str] = []
     for section in sections:
-        if isinstance(section, Heading | Text | Table):
+        if isinstance(section, Heading | Text | Table | Bars | Drawing):
             body.append(section.to_html())
         else:
             figures.append(section.spec)
@@ -91,7 +94,7 @@ def save(path: str | Path, *sections: Section, title: str = DEFAULT_TITLE) -> Pa
 
 
 def _check_section(number: int, section: object) -> None:
-    if isinstance(section, Heading | Text | Table):
+    if isinstance(section, Heading | Text | Table | Bars | Drawing):
         return
     if isinstance(getattr(section, "spec", None), FigureSpec):
         return

@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Oversubscribed threads are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint test-matrix bench testbed clean
+.PHONY: demo test lint test-slow test-matrix bench testbed clean
 
 demo: $(INSTALLED)  ## The main job: train, splice, measure and name heads on the testbed models.
 	$(BIN)/lorsa-lens demo
@@ -20,7 +20,10 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-matrix: $(INSTALLED)  ## The tests of hosts on TransformerLens 2.16, 2.18, 3.9 and 4.3.
+test-slow: $(INSTALLED)  ## What training reaches: minutes, and the real model only where it is at hand.
+	$(BIN)/python -m pytest -m slow
+
+test-matrix: $(INSTALLED)  ## All tests on TransformerLens 2.16, 2.18, 3.9 and 4.3.
 	$(BIN)/nox
 
 bench: $(INSTALLED)  ## A Lorsa's forward pass beside a dense one.

@@ -26,7 +26,9 @@ def main(n_steps: int = 400) -> dict[str, float]:
     seen = CyclicLanguage().sample(1024, seed=1).tokens
     test = CyclicLanguage(n_ctx=19, min_period=9).sample(128, seed=2)
 
-    lorsa = Lorsa.from_attention(model, LAYER, n_qk_heads=8, n_ov_heads=256, k=4)
+    lorsa = Lorsa.from_attention(
+        model, LAYER, n_qk_heads=8, n_ov_heads=256, k=4, act_fn="topk_relu"
+    )
     batch = 32 * seen.shape[1]
     config = TrainingConfig(
         train_batch_size_tokens=batch, context_size=seen.shape[1], training_tokens=n_steps * batch

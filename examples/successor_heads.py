@@ -32,7 +32,7 @@ def main(n_steps: int = 700) -> dict[str, list[int]]:
         heads = [f"0.{head}" for head, share in enumerate(row.tolist()) if share > 0.5]
         print(f"  {rule:10} {' '.join(heads) or 'none'}")
 
-    lorsa = Lorsa.from_attention(model, 0, n_qk_heads=8, n_ov_heads=256, k=4)
+    lorsa = Lorsa.from_attention(model, 0, n_qk_heads=8, n_ov_heads=256, k=4, act_fn="topk_relu")
     n_pos = language.n_ctx
     config = TrainingConfig(
         train_batch_size_tokens=32 * n_pos, context_size=n_pos, training_tokens=n_steps * 32 * n_pos

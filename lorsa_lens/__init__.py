@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from lorsa_lens.functional.code import Code
     from lorsa_lens.hosts import UnsupportedAttentionError
     from lorsa_lens.interventions import scale_heads, set_heads, steer_heads, zero_heads
-    from lorsa_lens.io.pretrained import LoadError
+    from lorsa_lens.io.sources import LoadError
     from lorsa_lens.lorsa import Lorsa
     from lorsa_lens.splicing import (
         Splice,
@@ -38,7 +38,7 @@ _HOMES = {
     "set_heads": "interventions",
     "steer_heads": "interventions",
     "zero_heads": "interventions",
-    "LoadError": "io.pretrained",
+    "LoadError": "io.sources",
     "Lorsa": "lorsa",
     "Splice": "splicing",
     "run_with_cache_with_lorsas": "splicing",

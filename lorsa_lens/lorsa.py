@@ -117,19 +117,27 @@ class Lorsa(LorsaAttention):
             recons = decode(acts, self.W_O)
         else:
             recons = decode_dense(acts, self.W_O)
-        return self._fire(self.hook_recons, recons + self.b_O), state
+        return self._fire(self.hook_recons, self.over_heads(recons) + self.b_O), state
 
-    def outputs(self, x: Float[Tensor, "batch pos d_model"], **context: Any) -> LorsaOutput:
+    def outputs(
+        self,
+        x: Float[Tensor, "batch pos d_model"],
+        *,
+        score_factors: Float[Tensor, " n_ov_heads"] | None = None,
+        **context: Any,
+    ) -> LorsaOutput:
         """`forward` with everything it computes on the way, as training needs it.
 
         Hooks on `hook_acts_post` and `hook_recons` do not fire.
 
         Args:
             x: as in `forward`.
+            score_factors: what the scores of the heads are multiplied by in the selection of
+                `topk`, `topk_relu` and `batchtopk`. None: they are left alone.
             **context: `qk_input`, `positions`, `keep`, as in `forward`.
         """
         acts_pre, _ = self._pre_activations(x, **context)
-        code = self._code(acts_pre)
+        code = self.select(acts_pre, score_factors)
         return LorsaOutput(self.decode(code), code, acts_pre)
 
     def encode(self, x: Float[Tensor, "batch pos d_model"], **context: Any) -> Code:
@@ -144,18 +152,28 @@ class Lorsa(LorsaAttention):
 
     def decode(self, code: Code) -> Float[Tensor, "batch pos d_model"]:
         """`sum_i z^i w_O^i + b_O` over the heads of a code."""
-        return decode(code, self.W_O) + self.b_O
+        return self.over_heads(decode(code, self.W_O)) + self.b_O
 
     # ------------------------------------------------------------------------------- the parts
 
     def _select(self, acts_pre: Tensor) -> Code | Tensor:
         """The activations that stay: a code, or a dense tensor if they are looked at."""
-        code = self._code(acts_pre)
+        code = self.select(acts_pre)
         if not self._watched(self.hook_acts_post):
             return code
         return self._fire(self.hook_acts_post, to_dense(code, self.cfg.n_ov_heads))
 
-    def _code(self, acts_pre: Tensor) -> Code:
+    def select(
+        self,
+        acts_pre: Float[Tensor, "batch pos n_ov_heads"],
+        score_factors: Float[Tensor, " n_ov_heads"] | None = None,
+    ) -> Code:
+        """Which heads stay, given all activations.
+
+        Args:
+            acts_pre: activations before selection.
+            score_factors: as in `outputs`.
+        """
         cfg = self.cfg
         acts_pre = acts_pre.to(self.W_O.dtype)  # under autocast, heads are chosen in float32
         if cfg.act_fn == "relu":
@@ -169,20 +187,44 @@ class Lorsa(LorsaAttention):
             thresholds = self.log_threshold.exp()
             return selection.select_jumprelu(acts_pre, norms, thresholds, cfg.jumprelu_bandwidth)
         assert cfg.k is not None  # the configuration has checked it
+        norms = norms if score_factors is None else norms * score_factors
         if cfg.act_fn == "batchtopk":
-            if self.training:
-                threshold = selection.batch_threshold(acts_pre, norms, cfg.k)
+            if self.training and torch.is_grad_enabled():
+                threshold = self.batch_threshold(acts_pre, norms, cfg.k)
                 self._learn_threshold(threshold)
                 return selection.select_above(acts_pre, norms, threshold)
             if self.threshold > 0:
                 return selection.select_above(acts_pre, norms, self.threshold)
-        return selection.select_topk(acts_pre, norms, cfg.k, positive=cfg.act_fn == "topk_relu")
+        return self.top(acts_pre, norms, cfg.k, positive=cfg.act_fn == "topk_relu")
 
     @torch.no_grad()
     def _learn_threshold(self, threshold: Tensor) -> None:
         if self.threshold > 0:
             threshold = self.threshold.lerp(threshold, 1 - THRESHOLD_MOMENTUM)
         self.threshold.copy_(threshold)
+
+    # ----------------------------------------------- what concerns all heads, wherever they are
+
+    def top(
+        self,
+        acts: Float[Tensor, "batch pos ov_head"],
+        norms: Float[Tensor, " ov_head"],
+        k: int,
+        *,
+        positive: bool = False,
+    ) -> Code:
+        """The `k` heads of each token that write most: see `selection.select_topk`."""
+        return selection.select_topk(acts, norms, k, positive=positive)
+
+    def batch_threshold(
+        self, acts: Float[Tensor, "batch pos ov_head"], norms: Float[Tensor, " ov_head"], k: int
+    ) -> Float[Tensor, ""]:
+        """The score from which on heads of a batch stay: see `selection.batch_threshold`."""
+        return selection.batch_threshold(acts, norms, k)
+
+    def over_heads(self, part: Tensor) -> Tensor:
+        """The sum over all heads, given that over the heads that are here: all of them."""
+        return part
 
     # ------------------------------------------------------------------------- made from and saved
 
@@ -218,19 +260,28 @@ class Lorsa(LorsaAttention):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
         revision: str | None = None,
+        **hub_options: Any,
     ) -> "Lorsa":
-        """Load a Lorsa that `save_pretrained` wrote.
+        """Load a Lorsa that `save_pretrained` wrote, or a published one.
+
+        The layout is recognised: ours, Llamascopium's (lm-saes), or that of the paper's repository.
 
         Args:
-            path: a folder, or the id of a repository on the Hugging Face hub
-                (`user/repo` or `user/repo/subfolder`).
+            path: a folder, or an id on the Hugging Face hub: `user/repo`, `user/repo/subfolder` or
+                `user/repo:subfolder`.
             device: where it goes.
             dtype: precision to convert to. None: as saved.
             revision: branch, tag or commit on the hub.
+            **hub_options: `subfolder`, `cache_dir`, `token`, `force_download` and
+                `local_files_only`, as everywhere on the hub.
+
+        Raises:
+            FileNotFoundError: if there is none, here or on the hub.
+            LoadError: if the files are damaged, or mean something that a Lorsa cannot do.
         """
         from lorsa_lens.io.pretrained import load_pretrained
 
-        return load_pretrained(path, device=device, dtype=dtype, revision=revision)
+        return load_pretrained(path, device=device, dtype=dtype, revision=revision, **hub_options)
 
     def save_pretrained(self, path: str | Path) -> Path:
         """Write `config.json` and `lorsa.safetensors` to a folder, each atomically.
@@ -241,3 +292,17 @@ class Lorsa(LorsaAttention):
         from lorsa_lens.io.pretrained import save_pretrained
 
         return save_pretrained(self, path)
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload it to the Hugging Face hub, in a folder named by what it replaces.
+
+        Args:
+            repo_id: `user/repo`; it is made if it is not there.
+            **options: as in `lorsa_lens.io.push.push_to_hub`.
+
+        Returns:
+            The address of the commit.
+        """
+        from lorsa_lens.io.push import push_to_hub
+
+        return push_to_hub(self, repo_id, **options)

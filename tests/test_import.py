@@ -79,7 +79,10 @@ backwards = kinds(fresh(), public[::-1])
 package = fresh()
 for module in pkgutil.walk_packages(package.__path__, "lorsa_lens."):
     if not module.name.endswith("__main__"):
-        importlib.import_module(module.name)
+        try:
+            importlib.import_module(module.name)
+        except ImportError as error:  # it says which extra it needs
+            assert "pip install 'lorsa-lens[" in str(error), error
 modules_first = kinds(package, public)
 heavy = "transformer_lens" in sys.modules
 print(json.dumps([public, before, after, heavy, [in_order, backwards, modules_first]]))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lorsa_lens import ConfigError, LoadError, Lorsa, LorsaConfig
-from lorsa_lens.io import pretrained
+from lorsa_lens.io import pretrained, weights
 from lorsa_lens.io.atomic import atomic_write
 
 KINDS = {
@@ -82,7 +82,7 @@ def test_tensors_of_several_pieces_come_back_whole(tmp_path, monkeypatch):
     lorsa = random_lorsa("batchtopk")
     lorsa.W_O.data = torch.randn(6, 10).T  # not contiguous
     for elements in (1, 7, 12, 59, 60, 61):
-        monkeypatch.setattr(pretrained, "PIECE_ELEMENTS", elements)
+        monkeypatch.setattr(weights, "PIECE_ELEMENTS", elements)
         folder = lorsa.save_pretrained(tmp_path / str(elements))
         assert bits(Lorsa.from_pretrained(str(folder))) == bits(lorsa)
 
@@ -351,7 +351,8 @@ def test_what_is_neither_folder_nor_hub_id_is_named(path):
     with pytest.raises(FileNotFoundError) as caught:
         Lorsa.from_pretrained(path)
     assert str(caught.value) == (
-        f"{path} is no folder here, and no hub id either (user/repo or user/repo/subfolder)"
+        f"{path} is no folder here, and no hub id either (user/repo, user/repo/subfolder or "
+        "user/repo:subfolder)"
     )
 
 
@@ -396,19 +397,6 @@ def test_what_was_downloaded_before_is_loaded_without_a_network(hub_cache):
         Lorsa.from_pretrained("user/lorsas", revision="v1")
     with pytest.raises(FileNotFoundError, match=r"6 holds no config\.json"):
         Lorsa.from_pretrained("user/lorsas/layers/6")
-
-
-def test_only_the_two_files_are_asked_of_the_hub(folder, monkeypatch):
-    calls = []
-
-    def download(repo, **options):
-        calls.append((repo, options))
-        return str(folder.parent)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    Lorsa.from_pretrained("user/repo/lorsa", revision="v1")
-    files = ["lorsa/config.json", "lorsa/lorsa.safetensors"]
-    assert calls == [("user/repo", {"revision": "v1", "allow_patterns": files})]
 
 
 # ------------------------------------------------------------------------------- memory

@@ -471,10 +471,10 @@ for call in calls:
 print("transformer_lens" in sys.modules)
 """
     assert _run_python(code).splitlines() == [
-        "name must be one of rules, induction; got 'grokking'",
+        "name must be one of rules, induction, recall; got 'grokking'",
         "host must be one of auto, hooked_transformer, bridge; got 'jax'",
-        "name must be one of rules, induction; got 'ioi'",
-        "name must be one of rules, induction; got 'ioi'",
+        "name must be one of rules, induction, recall; got 'ioi'",
+        "name must be one of rules, induction, recall; got 'ioi'",
         "False",
     ]
 
@@ -517,6 +517,8 @@ def test_command_line_trains_and_saves(tmp_path: Path, capsys: pytest.CaptureFix
     assert written == [
         "induction.json",
         "induction.safetensors",
+        "recall.json",
+        "recall.safetensors",
         "rules.json",
         "rules.safetensors",
     ]

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import fields
 
 import jaxtyping
@@ -129,6 +130,12 @@ def test_from_a_text_file_to_evaluated_lorsas_on_the_command_line(llama, tmp_pat
     ids = ids[0, :160].view(10, 16)
     (fidelity,) = evaluate(model, lorsa, ids)
     assert 0 < fidelity.fvu < 1
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text(words(160, seed=1))
+    evaluated = invoke("eval", run, "--tokens", held_out)
+    assert evaluated.exit_code == 0, evaluated.output
+    assert "fvu" in (run / "evaluation.json").read_text()
+    assert "<html" in (run / "evaluation.html").read_text()
     again = invoke("train", file, "--layers", "1", "--lr", "0.001")
     assert again.exit_code == 2
     assert "holds a run already" in re.sub(r"[\s│]+", " ", again.output)
@@ -139,7 +146,8 @@ def test_from_a_text_file_to_evaluated_lorsas_on_the_command_line(llama, tmp_pat
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "incomplete RunConfig: it lacks model, tokens"),
+        ([], "incomplete RunConfig: it lacks model"),
+        (["--model", "x"], "tokens = None and cached_activations_path = None: give one of them"),
         (["--model", "x", "--tokens", "y", "--k", "0"], "k = 0 must be a positive integer"),
         (["--model", "x", "--tokens", "y", "--act-fn", "best"], "act_fn = 'best' must be one of"),
         (["--learning-rate", "1"], "No such option"),
@@ -160,3 +168,33 @@ def test_help_has_an_option_for_every_field():
     for field in fields(RunConfig):
         assert f"--{field.name.replace('_', '-')} " in text
     assert "Highest learning rate of Adam. (default 0.003)" in text
+
+
+def weights_after_two_steps(**changes):
+    model = zoo.by_name("learned").build(torch.float32)
+    config = TrainingConfig(**{**SMALL, "training_tokens": 256, **changes})
+    (lorsa,) = train(model, zoo.tokens(32, 16), [0], config, progress=False).values()
+    return lorsa.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_run_gives_the_same_weights(monkeypatch):
+    if shutil.which("c++") is None and shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    compiled = torch._dynamo.utils.counters
+    compiled.clear()
+    fast, plain = weights_after_two_steps(compile=True), weights_after_two_steps()
+    assert compiled["stats"]["unique_graphs"] > 0
+    for name, tensor in plain.items():
+        if name.startswith("W_"):  # biases start at 0, and Adam makes the least gradient a step
+            assert (fast[name] - tensor).norm() < 1e-3 * tensor.norm(), name
+
+
+def test_a_run_under_autocast_stays_near_the_exact_one():
+    half, exact = weights_after_two_steps(autocast=True), weights_after_two_steps()
+    for name, tensor in exact.items():
+        assert half[name].dtype == torch.float32
+        if name.startswith("W_"):  # biases start at 0, and Adam makes the least gradient a step
+            assert (half[name] - tensor).norm() < 0.05 * tensor.norm(), name
+    assert any(not torch.equal(half[name], tensor) for name, tensor in exact.items())

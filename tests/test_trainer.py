@@ -25,6 +25,7 @@ D_MODEL, N_POS = 8, 6
 
 
 class ToyBatch(NamedTuple):
+    tokens: torch.Tensor
     records: dict
     counted: torch.Tensor
     state: dict
@@ -52,7 +53,9 @@ class ToySource:
             counted[:, 0] = False
             self.n += 1
             time.sleep(self.delay)
-            yield ToyBatch(records, counted, {"n": self.n})
+            yield ToyBatch(
+                torch.zeros_like(counted, dtype=torch.long), records, counted, {"n": self.n}
+            )
 
     def load_state_dict(self, state):
         self.n = state["n"]
@@ -64,6 +67,7 @@ def config(tmp_path, **changes):
         "train_batch_size_tokens": 4 * N_POS, "output_path": str(tmp_path / "run"),
         "checkpoint_every": 5, "log_every": 1, "dead_feature_window": 100,
         "aux_coefficient": 0.1, "aux_k": 2, "init": "random",
+        "balance_rate": 0.1, "resample_every": 6,
     }  # fmt: skip
     return TrainingConfig(**{**values, **changes})
 
@@ -206,7 +210,7 @@ def test_auxiliary_loss_is_what_dead_heads_leave_of_the_error():
 
 def test_a_step_is_adam_on_the_mean_squared_error(tmp_path):
     """Against a step written out: gradients by autograd on raw tensors, then torch's Adam."""
-    cfg = config(tmp_path, aux_coefficient=0.0, lr_warm_up_fraction=0.0)
+    cfg = config(tmp_path, aux_coefficient=0.0, lr_warm_up_fraction=0.0, token_weights="uniform")
     (ours,) = lorsas((0,)).values()
     (theirs,) = lorsas((0,)).values()
     record, counted = a_record()
@@ -236,7 +240,7 @@ def test_accumulated_parts_are_the_whole_batch(tmp_path):
 
 
 def test_heads_that_do_not_stay_die_and_come_back(tmp_path):
-    cfg = config(tmp_path, dead_feature_window=30, lr=1e-9)
+    cfg = config(tmp_path, dead_feature_window=30, lr=1e-9, balance_rate=0.0, resample_every=0)
     (lorsa,) = lorsas((0,), n_ov_heads=40, k=1).values()
     layer = LayerTrainer(lorsa, Scales(1.0, 1.0), cfg)
     source = iter(ToySource([0], 4))
@@ -263,10 +267,12 @@ def test_autocast_chooses_nearly_the_same_heads(tmp_path):
                         strict=True)
     ]  # fmt: skip
     assert sum(same) / len(same) > 0.9
+    error = losses.squared_error(exact.recons, record.out, a_record()[1])
+    fvu = error.item()
     metrics = LayerTrainer(lorsa, Scales(1.0, 1.0), config(tmp_path, autocast=True)).step(
         [Part(*a_record())], 0
     )
-    assert metrics.loss == pytest.approx(metrics.fvu)
+    assert metrics.fvu == pytest.approx(fvu, rel=0.05)
 
 
 def test_schedules(tmp_path):

@@ -8,6 +8,7 @@ from lorsa_lens.cli.eval import evaluate_lorsas
 from lorsa_lens.cli.heads import heads
 from lorsa_lens.cli.lift import lift
 from lorsa_lens.cli.sharing import list_lorsas, push
+from lorsa_lens.cli.trace import trace
 from lorsa_lens.cli.train import train
 
 app = typer.Typer(help="Low-Rank Sparse Attention for TransformerLens.", no_args_is_help=True)
@@ -18,7 +19,7 @@ def main() -> None:
     """Low-Rank Sparse Attention for TransformerLens."""
 
 
-for command in (demo, train, heads, cache_activations, lift, push):
+for command in (demo, train, heads, cache_activations, lift, push, trace):
     app.command()(command)
 app.command("eval")(evaluate_lorsas)
 app.command("list")(list_lorsas)

@@ -1,7 +1,8 @@
 """Command-line options made from a configuration: one for each field, its docstring the help."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, fields
 from pathlib import Path
 from types import NoneType, UnionType
@@ -47,6 +48,15 @@ def with_options(config: type[Config]) -> Callable[[Command], Command]:
         return wrapper
 
     return decorate
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Within, what a user can get wrong ends the command with one message."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 _GIVEN = ("file", "overrides")

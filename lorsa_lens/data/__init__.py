@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorsa_lens.data.cached import CachedActivations
     from lorsa_lens.data.contexts import Context, Contexts, TokenBatch
     from lorsa_lens.data.documents import Document, Documents, IndexedDocuments
+    from lorsa_lens.data.for_model import contexts_for_model
     from lorsa_lens.data.in_memory import RecordedActivations
     from lorsa_lens.data.manifest import CacheError
     from lorsa_lens.data.packing import pack
@@ -39,6 +40,7 @@ _HOMES = {
     "TokenBatch": "contexts",
     "cache_activations": "cache",
     "cache_size": "cache",
+    "contexts_for_model": "for_model",
     "fingerprint": "weights",
     "open_documents": "sources",
     "pack": "packing",
@@ -61,6 +63,7 @@ __all__ = [
     "TokenBatch",
     "cache_activations",
     "cache_size",
+    "contexts_for_model",
     "fingerprint",
     "open_documents",
     "pack",

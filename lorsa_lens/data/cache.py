@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 
 from lorsa_lens.data.activations import ActivationBatch, ActivationStream
 from lorsa_lens.data.contexts import TokenBatch
@@ -72,6 +73,7 @@ def cache_activations(
     dtype: torch.dtype | None = None,
     contexts_per_shard: int | None = None,
     resume: bool = False,
+    progress: bool = False,
 ) -> CacheSize:
     """Run the language model and write what layers receive and return, shard by shard.
 
@@ -87,6 +89,7 @@ def cache_activations(
         contexts_per_shard: sequences per file, rounded up to whole batches; by default 256 MB of
             them.
         resume: go on with an interrupted cache.
+        progress: show a progress bar.
 
     Returns:
         What the cache holds and takes.
@@ -114,7 +117,8 @@ def cache_activations(
     if not resume:
         folder.mkdir(parents=True, exist_ok=True)
         manifest.save(folder)
-    for batches in _shards(stream, manifest.n_contexts - manifest.n_written, per_shard):
+    n_left = manifest.n_contexts - manifest.n_written
+    for batches in _shards(stream, n_left, per_shard, progress):
         name = f"shard-{len(manifest.shards):05d}.safetensors"
         n_bytes = write_shard(folder / name, batches, own)
         n_contexts = sum(len(batch.tokens) for batch in batches)
@@ -135,11 +139,12 @@ def cache_activations(
 
 
 def _shards(
-    stream: ActivationStream, n_contexts: int, per_shard: int
+    stream: ActivationStream, n_contexts: int, per_shard: int, progress: bool
 ) -> Iterator[list[ActivationBatch]]:
     """Batches, as many as go into one shard, until there are `n_contexts` sequences."""
     batches: list[ActivationBatch] = []
-    for batch in stream:
+    n_batches = -(-n_contexts // stream.batch_size)
+    for batch in tqdm(stream, "caching", n_batches, unit="batch", disable=not progress):
         batch = _first(batch, n_contexts)
         n_contexts -= len(batch.tokens)
         batches.append(batch)
@@ -232,12 +237,13 @@ def _check_room(folder: Path, n_bytes: int) -> None:
     free = shutil.disk_usage(there).free
     if free < n_bytes:
         raise ValueError(
-            f"the cache takes {_in_words(n_bytes)}, and {there} has {_in_words(free)} left: "
+            f"the cache takes {in_words(n_bytes)}, and {there} has {in_words(free)} left: "
             "choose fewer tokens or layers, a smaller dtype, or another disk"
         )
 
 
-def _in_words(n_bytes: int) -> str:
+def in_words(n_bytes: int) -> str:
+    """A number of bytes in the unit that suits it."""
     amount = float(n_bytes)
     for unit in ("bytes", "kB", "MB", "GB"):
         if amount < 1000:

@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Generator, Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,14 @@ class CachedActivations:
         folder: what `cache_activations` wrote.
         model: the language model; if given, it must be the one that the cache was made with.
         layers: which of the layers in the cache; by default all.
-        batch_size: sequences per batch; the last one of an epoch may have fewer.
+        batch_size: sequences per batch. The last one of an epoch may have fewer; without an end,
+            all are whole, and one may hold the end of an epoch and the beginning of the next.
         shuffle_seed: for a random order of sequences, another one each epoch; None for their own.
         n_epochs: times through the cache; None for no end.
         prefetch: how many batches a background thread reads ahead; 0 for no thread.
+        rank: with several processes, which one this is: of `n_ranks` batches that follow one
+            another, it gets the one of its number.
+        n_ranks: how many processes there are; more than one need `n_epochs = None`.
 
     Raises:
         CacheError: if there is no cache, it is unfinished or damaged, was made with another model,
@@ -50,8 +54,11 @@ class CachedActivations:
         shuffle_seed: int | None = None,
         n_epochs: int | None = 1,
         prefetch: int = 0,
+        rank: int = 0,
+        n_ranks: int = 1,
     ) -> None:
         _check_numbers(batch_size, shuffle_seed, n_epochs, prefetch)
+        _check_ranks(rank, n_ranks, n_epochs)
         self.folder = Path(folder)
         self.manifest = _checked_manifest(self.folder, model)
         self.layers = list(self.manifest.layers if layers is None else layers)
@@ -63,6 +70,7 @@ class CachedActivations:
                 )
         self.batch_size, self.prefetch = batch_size, prefetch
         self.shuffle_seed, self.n_epochs = shuffle_seed, n_epochs
+        self.rank, self.n_ranks = rank, n_ranks
         self._ends = list(accumulate(shard.n_contexts for shard in self.manifest.shards))
         self._open: dict[int, OpenShard] = {}
         self._state = self._place(0, 0)
@@ -118,13 +126,28 @@ class CachedActivations:
             batches.close()
 
     def _produce(self, start: State) -> Generator[ActivationBatch, None, None]:
-        epoch, position = start["epoch"], start["position"]
-        while self.n_epochs is None or epoch < self.n_epochs:
-            order = self._order(epoch)
-            for first in range(position, len(order), self.batch_size):
-                rows = order[first : first + self.batch_size]
-                yield self._batch(rows, self._place(epoch, first + len(rows)))
+        n_given = start["epoch"] * len(self) + start["position"]
+        numbers = self._numbers(n_given)
+        mine = slice(self.rank * self.batch_size, (self.rank + 1) * self.batch_size)
+        while n := self._n_next(n_given):
+            n_given += n
+            rows = np.array(list(islice(numbers, n)))[mine]
+            yield self._batch(rows, self._place(*divmod(n_given, len(self))))
+
+    def _numbers(self, n_given: int) -> Iterator[int]:
+        """Numbers of the sequences after the first `n_given`, epoch after epoch."""
+        epoch, position = divmod(n_given, len(self))
+        while True:
+            yield from self._order(epoch)[position:].tolist()
             epoch, position = epoch + 1, 0
+
+    def _n_next(self, n_given: int) -> int:
+        """How many sequences the next batches of all processes have together."""
+        whole = self.batch_size * self.n_ranks
+        if self.n_epochs is None:
+            return whole
+        left = self.n_epochs * len(self) - n_given
+        return min(whole, len(self) - n_given % len(self)) if left else 0
 
     def _order(self, epoch: int) -> npt.NDArray[np.int64]:
         if self.shuffle_seed is None:
@@ -160,6 +183,16 @@ def _check_numbers(
     for name, value in (("shuffle_seed", shuffle_seed), ("prefetch", prefetch)):
         if value is not None and value < 0:
             raise ValueError(f"{name} = {value} must not be negative")
+
+
+def _check_ranks(rank: int, n_ranks: int, n_epochs: int | None) -> None:
+    if not 0 <= rank < n_ranks:
+        raise ValueError(f"rank = {rank} must be from 0 to n_ranks - 1 = {n_ranks - 1}")
+    if n_ranks > 1 and n_epochs is not None:
+        raise ValueError(
+            f"n_epochs = {n_epochs} with n_ranks = {n_ranks}: the last batches may not be enough "
+            "for all processes, give n_epochs = None"
+        )
 
 
 def _checked_manifest(folder: Path, model: Any) -> Manifest:

@@ -66,10 +66,6 @@ def tell(subject: Subject, *, n_steps: int = 700, seed: int = 0, progress: bool 
     records = record_attention(model, subject.train_tokens, subject.layers, progress=progress)
     tests = record_attention(model, subject.test_tokens, subject.layers)
     sizes: dict[str, Any] = {**subject.sizes}
-    lorsas = {
-        layer: Lorsa.from_attention(model, layer, seed=seed, **sizes) for layer in subject.layers
-    }
-    nulls = {layer: _named(subject, lorsas[layer], tests[layer]) for layer in subject.layers}
     n_pos = subject.train_tokens.shape[1]
     config = TrainingConfig(
         context_size=n_pos,
@@ -77,6 +73,11 @@ def tell(subject: Subject, *, n_steps: int = 700, seed: int = 0, progress: bool 
         training_tokens=n_steps * BATCH_SIZE * n_pos,
         seed=seed,
     )
+    lorsas = {
+        layer: Lorsa.from_attention(model, layer, seed=seed, act_fn=config.act_fn, **sizes)
+        for layer in subject.layers
+    }
+    nulls = {layer: _named(subject, lorsas[layer], tests[layer]) for layer in subject.layers}
     train_on(lorsas, records, config, progress=progress)
     fidelity = evaluate(
         model, list(lorsas.values()), subject.test_tokens, predicted=subject.predicted

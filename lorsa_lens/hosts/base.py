@@ -163,6 +163,11 @@ class Host(ABC):
         """Whether attention receives the normalized residual stream with no affine part."""
         return self.input_norm(layer) is None
 
+    def shows_normalized(self, layer: int) -> bool:
+        """Whether `ln1.hook_normalized` shows what attention reads, before the gain and bias."""
+        ln1 = getattr(self.block(layer), "ln1", None)
+        return hasattr(ln1, "hook_normalized") and ln1 is not self.post_norm(layer)
+
     def read_attention(self, layer: int) -> AttentionWeights:
         """Weights and all else of a layer's attention.
 
@@ -177,6 +182,23 @@ class Host(ABC):
         """The affine part of the norm before attention, None if there is none or it is folded."""
         norm = self.reader.input_norm(self.model, layer)
         return None if norm is None else InputNorm(*norm)
+
+    def norm_before(self, layer: int) -> nn.Module:
+        """The block's first norm: before attention, unless attention reads the stream itself."""
+        norm: nn.Module = self.block(layer).ln1
+        return norm
+
+    @property
+    def final_norm(self) -> nn.Module | None:
+        """The norm before the unembedding, if there is one."""
+        return getattr(self.model, "ln_final", None)
+
+    @property
+    def unembedding(
+        self,
+    ) -> tuple[Float[Tensor, "d_model vocab"], Float[Tensor, " vocab"]]:
+        """Weights and bias from the normalized stream to logits (before a cap on logits)."""
+        return self.model.W_U.detach(), self.model.b_U.detach()
 
     @abstractmethod
     def post_norm(self, layer: int) -> nn.Module | None:

@@ -33,11 +33,11 @@ class BridgeHost(Host):
     def post_norm(self, layer: int) -> nn.Module | None:
         """The block's component whose output is `hook_attn_out`, if that is not attention."""
         # By identity of the hook point: names change in compatibility mode.
-        attn_out = self.model.hook_dict[f"blocks.{layer}.hook_attn_out"]
+        attn_out = getattr(self.block(layer), "hook_attn_out", None)
         for name, component in self.block(layer)._modules.items():
             if name == "_original_component" or component is None:
                 continue
-            if component._modules.get("hook_out") is attn_out:
+            if attn_out is not None and component._modules.get("hook_out") is attn_out:
                 return None if name == "attn" else component
         raise read_bridge.unsupported(layer, "hook_attn_out is not the output of one component")
 

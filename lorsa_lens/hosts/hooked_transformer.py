@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import transformer_lens
 from einops import rearrange
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
@@ -48,6 +49,17 @@ class HookedTransformerHost(Host):
     @override
     def post_norm(self, layer: int) -> nn.Module | None:
         return read_hooked.post_norm(self.model, layer)
+
+    @override
+    def shows_normalized(self, layer: int) -> bool:
+        block = self.block(layer)
+        if hasattr(block, "hook_normalized_resid_post"):  # BERT normalizes after attention
+            return False
+        # Before TransformerLens 3 the hook point of a LayerNorm comes after its gain and bias.
+        before_3 = not hasattr(transformer_lens, "HookedRootModule")
+        if before_3 and type(block.ln1).__name__ == "LayerNorm":
+            return self.input_norm(layer) is None
+        return super().shows_normalized(layer)
 
     @override
     def name_hooks(self, hook_points: Mapping[str, HookPoint], holder: nn.Module) -> None:

@@ -3,15 +3,16 @@
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from lorsa_lens.training.ranks import Ranks
 
 STATE_FILE = "state.json"
 FORMAT_VERSION = 1
@@ -63,35 +64,57 @@ class Checkpoint:
 
 
 def write_checkpoint(
-    folder: Path, step: int, layers: Mapping[int, Mapping[str, Tensor]], state: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    layers: Iterable[tuple[int, Mapping[str, Tensor]]],
+    state: Mapping[str, Any],
+    ranks: Ranks,
 ) -> Checkpoint:
     """Write a checkpoint; if that fails (a full disk, say), those before it stay as they are.
+
+    All processes call this together, for a folder that they all see.
 
     Args:
         folder: the run's folder of checkpoints.
         step: optimizer steps that were done.
-        layers: the tensors of each layer's trainer.
+        layers: the tensors of the trainers of the layers that this process writes, one layer at a
+            time.
         state: everything else, plain values.
+        ranks: the processes.
     """
     target = folder / f"step_{step:09d}"
-    temporary = folder / f".{target.name}.{uuid4().hex}"
-    temporary.mkdir(parents=True)
+    temporary = folder / f".{target.name}.partial"
+    if ranks.is_first:
+        shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+        temporary.mkdir(parents=True)
+    ranks.wait()
     try:
-        for layer, tensors in layers.items():
-            # Copies: the fused optimizer's tensors may share memory.
-            whole = {name: tensor.detach().clone() for name, tensor in tensors.items()}
-            save_file(whole, temporary / f"layer_{layer}.safetensors")
-        text = json.dumps({**state, "format_version": FORMAT_VERSION}, indent=2) + "\n"
-        (temporary / STATE_FILE).write_text(text, encoding="utf-8")
-        for path in temporary.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        if target.exists():  # the same step again, after a resume
-            shutil.rmtree(target)
-        os.rename(temporary, target)
-    finally:
+        for layer, tensors in layers:
+            path = temporary / f"layer_{layer}.safetensors"
+            save_file(_on_cpu(tensors), path)
+            _flush(path)
+        ranks.wait()
+        if ranks.is_first:
+            text = json.dumps({**state, "format_version": FORMAT_VERSION}, indent=2) + "\n"
+            (temporary / STATE_FILE).write_text(text, encoding="utf-8")
+            _flush(temporary / STATE_FILE)
+            shutil.rmtree(target, ignore_errors=True)  # the same step again, after a resume
+            os.rename(temporary, target)
+    except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    ranks.wait()
     return Checkpoint(target)
+
+
+def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies: the fused optimizer's tensors may share memory."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def checkpoints(folder: Path) -> list[Checkpoint]:

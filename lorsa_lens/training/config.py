@@ -7,7 +7,10 @@ from lorsa_lens.config import ActFn, OutputSite
 from lorsa_lens.validation import Config, ConfigError
 
 LRScheduler = Literal["constant", "linear", "cosine"]
+Objective = Literal["reconstruction", "kl", "cross_entropy"]
 TrainingInit = Literal["tied", "svd", "random"]
+TokenWeights = Literal["uniform", "energy"]
+Parallel = Literal["data", "sharded", "heads", "layers"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,8 +24,7 @@ class TrainingConfig(Config):
     MAY_BE_ZERO = frozenset({
         "lr_warm_up_fraction", "lr_decay_fraction", "adam_beta1", "adam_beta2",
         "k_anneal_fraction", "l1_coefficient", "l0_coefficient", "aux_coefficient", "seed",
-        "checkpoint_every",
-            "prefetch_batches",
+        "checkpoint_every", "prefetch_batches", "balance_rate", "resample_every",
     })  # fmt: skip
 
     # ------------------------------------------------------------------------------- the Lorsas
@@ -36,7 +38,7 @@ class TrainingConfig(Config):
     k: int | None = None
     """Heads that stay per token. None: d_model / 12, at least 4 (`relu`, `jumprelu`: no limit)."""
 
-    act_fn: ActFn = "topk"
+    act_fn: ActFn = "topk_relu"
     """How heads are selected: see `LorsaConfig.act_fn`."""
 
     init: TrainingInit = "tied"
@@ -48,6 +50,10 @@ class TrainingConfig(Config):
 
     output_site: OutputSite = "attn_out"
     """What the Lorsas replace: see `LorsaConfig.output_site`."""
+
+    start_from: str | None = None
+    """A folder that holds a Lorsa for each layer in `blocks.N`, as `lorsas` of a run, to train
+    further. They are what they are: the fields above do not matter then."""
 
     # ------------------------------------------------------------------------------- the text
 
@@ -72,7 +78,17 @@ class TrainingConfig(Config):
     prefetch_batches: int = 2
     """Batches that the language model prepares ahead, in a thread. 0: none."""
 
+    cached_activations_path: str | None = None
+    """Train on a folder that `lorsa-lens cache-activations` wrote, and do not run the language
+    model. BOS and the tokens that count are those of the cache."""
+
     # ------------------------------------------------------------------------------- optimization
+
+    objective: Objective = "reconstruction"
+    """What is minimized: `reconstruction`, the squared error of each layer's output by itself; or,
+    with all Lorsas in place, `kl`, the divergence of the predictions from those of the model as it
+    is, or `cross_entropy`, that of the text. The last two are for Lorsas that are trained already,
+    at a tenth of `lr` or less."""
 
     lr: float = 3e-3
     """Highest learning rate of Adam."""
@@ -101,6 +117,14 @@ class TrainingConfig(Config):
     k_anneal_fraction: float = 0.0
     """Share of the steps over which `k_start` falls to `k`."""
 
+    token_weights: TokenWeights = "energy"
+    """How tokens count in the loss: `uniform`, or `energy`, less where the layer writes much (an
+    attention sink): in inverse proportion to `|y - b_O|^2` plus a twentieth of its mean."""
+
+    balance_rate: float = 0.05
+    """How fast seldom selected heads gain an advantage in the selection of the first 60% of the
+    run: see `lorsa_lens.training.balancing`. 0: none."""
+
     l1_coefficient: float = 0.0
     """Weight of the mean of `sum_i |z^i| ||w_O^i||` in the loss (`relu`)."""
 
@@ -113,6 +137,10 @@ class TrainingConfig(Config):
     aux_k: int | None = None
     """Dead heads in the auxiliary loss, per token. None: half of d_model, at most all dead ones."""
 
+    resample_every: int = 0
+    """Steps after which a few dead heads start again at badly explained tokens, as long as the
+    learning rate does not fall: see `lorsa_lens.training.resampling`. 0: never."""
+
     dead_feature_window: int = 100_000
     """A head that stayed at none of so many counted tokens is dead."""
 
@@ -124,6 +152,11 @@ class TrainingConfig(Config):
 
     seed: int = 0
     """For initialisation and the order of the text."""
+
+    parallel: Parallel = "data"
+    """What several processes divide besides the text: nothing (`data`: each has whole Lorsas),
+    weights, gradients and optimizer state (`sharded`: FSDP2), the heads of every Lorsa (`heads`),
+    or the layers (`layers`). One process: no difference. See docs/scaling.md."""
 
     # ------------------------------------------------------------------------------- the run
 
@@ -171,6 +204,18 @@ class TrainingConfig(Config):
             )
         if (self.k_start is None) != (self.k_anneal_fraction == 0):
             raise ConfigError("k_start and k_anneal_fraction go together: give both or neither")
+        if self.parallel != "data" and self.objective != "reconstruction":
+            raise ConfigError(
+                f"objective = {self.objective!r} trains all Lorsas at once in the whole model: "
+                f"give parallel = 'data', not {self.parallel!r}"
+            )
+        if self.parallel in ("sharded", "heads"):
+            for name in ("compile", "resample_every"):
+                if value := getattr(self, name):
+                    raise ConfigError(
+                        f"{name} = {value} needs whole Lorsas, but parallel = {self.parallel!r} "
+                        "divides them: give parallel = 'data' or 'layers'"
+                    )
 
     @property
     def n_steps(self) -> int:

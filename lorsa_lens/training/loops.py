@@ -1,36 +1,34 @@
 """The front door of training: a model, some text, and Lorsas of its layers come back."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
+from typing_extensions import override
 
-from lorsa_lens.data import ActivationStream, open_documents, pack, special_token_ids
-from lorsa_lens.data.hugging_face import is_dataset
+from lorsa_lens.config import LorsaConfig
 from lorsa_lens.data.in_memory import RecordedActivations
-from lorsa_lens.data.sharing import SharedContexts
 from lorsa_lens.hosts import Host, host_of
 from lorsa_lens.lift import lift
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord
 from lorsa_lens.training.config import TrainingConfig
-from lorsa_lens.training.ranks import Ranks
+from lorsa_lens.training.parts import Source
+from lorsa_lens.training.sources import activation_source, token_source
 from lorsa_lens.training.trainer import Trainer
 from lorsa_lens.validation import ConfigError
-
-SHUFFLE_BUFFER = 512
-"""Contexts among which the next one is drawn."""
 
 
 def train(
     model: nn.Module,
-    tokens: Any,
+    tokens: Any = None,
     layers: Iterable[int] | None = None,
     config: TrainingConfig | None = None,
     *,
+    lorsas: Mapping[int, Lorsa] | None = None,
     resume: bool = False,
     progress: bool = True,
 ) -> dict[int, Lorsa]:
@@ -39,20 +37,27 @@ def train(
     Args:
         model: a HookedTransformer or a TransformerBridge.
         tokens: the text: token ids as a tensor or lists, a `.npy`, `.bin`, `.txt` or `.jsonl`
-            file, or a Hugging Face dataset or its name; see `lorsa_lens.data.open_documents`.
+            file, or a Hugging Face dataset or its name; see `lorsa_lens.data.open_documents`. With
+            `config.cached_activations_path` they may be left out; if given, they must be those
+            that the cache was made from.
         layers: which layers. None: all.
         config: everything else. None: the defaults.
+        lorsas: by layer, what to train, in place; their sizes are their own. None: as
+            `config.start_from` and `config.init` say.
         resume: go on from the newest checkpoint in `config.output_path`, if there is one.
         progress: show a progress bar.
 
     Returns:
-        By layer, the trained Lorsas; they are also saved if `config.output_path` says where.
+        By layer, the trained Lorsas; they are also saved if `config.output_path` says where. Of
+        several processes, each returns those that it has: all (`parallel = "data"`), those of its
+        layers (`"layers"`), or the first one all and the others none (`"sharded"`, `"heads"`).
 
     Raises:
         ConfigError: if the configuration does not fit the model.
         UnsupportedAttentionError: if a Lorsa cannot stand in for a layer's attention.
         FileExistsError: if there is a run in `config.output_path` already, and `resume` is off.
         ValueError: if the text is too short, or holds ids outside the vocabulary.
+        CacheError: if a cache of activations does not fit the model, the layers or the tokens.
 
     Example:
         >>> lorsas = train(model, "text.txt", layers=[5])  # doctest: +SKIP
@@ -60,9 +65,31 @@ def train(
     cfg = TrainingConfig() if config is None else config
     host = host_of(model)
     chosen = list(range(host.n_layers)) if layers is None else list(layers)
-    lorsas = {layer: initial_lorsa(host, layer, cfg) for layer in chosen}
-    stream = activation_stream(model, tokens, chosen, cfg)
-    return Trainer(lorsas, stream, cfg, resume=resume).run(progress=progress)
+    if cfg.start_from is not None:
+        _check_start(Path(cfg.start_from), chosen)
+    start: Mapping[int, Lorsa] = InitialLorsas(host, chosen, cfg)
+    if lorsas is not None:
+        if missing := [layer for layer in chosen if layer not in lorsas]:
+            raise ConfigError(f"lorsas has none for layers {missing}: give one for each layer")
+        start, cfg = {layer: lorsas[layer] for layer in chosen}, cfg.replace(fit_initial_gain=False)
+    if cfg.objective == "reconstruction":
+        source: Source = activation_source(model, tokens, chosen, cfg)
+    else:
+        source = token_source(model, tokens, cfg)
+    return Trainer(start, source, cfg, model=model, resume=resume).run(progress=progress)
+
+
+def _check_start(folder: Path, layers: list[int]) -> None:
+    """Refuse a folder that does not hold a Lorsa for each layer."""
+    for layer in layers:
+        file = folder / f"blocks.{layer}" / "config.json"
+        if not file.is_file():
+            raise ConfigError(f"start_from = {str(folder)!r}: there is no {file}")
+        own = LorsaConfig.from_json(file).layer
+        if own != layer:
+            raise ConfigError(
+                f"start_from = {str(folder)!r}: what lies in blocks.{layer} is for layer {own}"
+            )
 
 
 def train_on(
@@ -101,13 +128,44 @@ def train_on(
     return Trainer(lorsas, source, cfg, resume=resume).run(progress=progress)
 
 
+class InitialLorsas(Mapping[int, Lorsa]):
+    """The Lorsas that a run starts from, made anew each time that they are asked for.
+
+    So a process that trains only some layers, or some heads of each, never holds them all.
+
+    Args:
+        host: the model.
+        layers: which layers.
+        cfg: the run's configuration.
+    """
+
+    def __init__(self, host: Host, layers: list[int], cfg: TrainingConfig) -> None:
+        self.host, self.layers, self.cfg = host, layers, cfg
+
+    @override
+    def __getitem__(self, layer: int) -> Lorsa:
+        return initial_lorsa(self.host, layer, self.cfg)
+
+    @override
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.layers)
+
+    @override
+    def __len__(self) -> int:
+        return len(self.layers)
+
+
 def initial_lorsa(host: Host, layer: int, cfg: TrainingConfig) -> Lorsa:
-    """The Lorsa that a run starts from, with the sizes of the configuration or their defaults."""
+    """The Lorsa that a run starts from: a saved one, or one made from the layer."""
+    if cfg.start_from is not None:
+        device = next(host.model.parameters()).device
+        return Lorsa.from_pretrained(Path(cfg.start_from) / f"blocks.{layer}", device=device)
     n_qk_heads = cfg.n_qk_heads or int(host.read_attention(layer).W_Q.shape[0])
     n_ov_heads = cfg.n_ov_heads or max(1, 8 * host.d_model // n_qk_heads) * n_qk_heads
     k = cfg.k
     if k is None and cfg.act_fn not in ("relu", "jumprelu"):
         k = min(n_ov_heads, max(4, host.d_model // 12))
+    precision = next(host.model.parameters()).dtype
     return lift(
         host.model,
         layer,
@@ -118,42 +176,5 @@ def initial_lorsa(host: Host, layer: int, cfg: TrainingConfig) -> Lorsa:
         k=k,
         act_fn=cfg.act_fn,
         output_site=cfg.output_site,
+        dtype=str(torch.promote_types(precision, torch.float32)).removeprefix("torch."),
     )
-
-
-def activation_stream(
-    model: nn.Module, tokens: Any, layers: list[int], cfg: TrainingConfig
-) -> ActivationStream:
-    """What the layers receive and return, for the text over and over again, shuffled."""
-    tokenizer = getattr(model, "tokenizer", None)
-    bos = getattr(tokenizer, "bos_token_id", None) if cfg.prepend_bos else None
-    excluded = cfg.exclude_special_tokens and tokenizer is not None
-    contexts = pack(
-        open_documents(tokens, tokenizer=tokenizer if _is_text(tokens) else None),
-        cfg.context_size,
-        bos_token_id=bos,
-        special_token_ids=special_token_ids(tokenizer) if excluded else (),
-        n_epochs=None,
-    )
-    ranks = Ranks()
-    n_parts = cfg.gradient_accumulation_steps * ranks.n
-    if cfg.batch_size % n_parts:
-        raise ConfigError(
-            f"the {cfg.batch_size} contexts of a batch must divide among {ranks.n} processes with "
-            f"gradient_accumulation_steps = {cfg.gradient_accumulation_steps}"
-        )
-    shuffled = contexts.shuffled(SHUFFLE_BUFFER, cfg.seed)
-    return ActivationStream(
-        model,
-        SharedContexts(shuffled, ranks.rank, ranks.n) if ranks.n > 1 else shuffled,
-        layers,
-        batch_size=cfg.batch_size // n_parts,
-        prefetch=cfg.prefetch_batches,
-    )
-
-
-def _is_text(tokens: Any) -> bool:
-    """Whether it may hold text, which a tokenizer must read, rather than token ids."""
-    if isinstance(tokens, str | Path):
-        return Path(tokens).suffix not in (".npy", ".bin")
-    return is_dataset(tokens)

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from lorsa_lens.functional.code import Code, decode
+from lorsa_lens.functional.code import decode
 from lorsa_lens.functional.selection import writing_norms
 from lorsa_lens.lorsa import Lorsa, LorsaOutput
 
@@ -13,11 +13,37 @@ def squared_error(
     prediction: Float[Tensor, "batch pos d_model"],
     target: Float[Tensor, "batch pos d_model"],
     counted: Bool[Tensor, "batch pos"],
+    weights: Float[Tensor, "batch pos"] | None = None,
 ) -> Float[Tensor, ""]:
-    """Squared error summed over d_model, averaged over the tokens that count."""
+    """Squared error summed over d_model, averaged over the tokens that count.
+
+    Args:
+        prediction: what a Lorsa writes.
+        target: what the layer returned.
+        counted: tokens that count.
+        weights: what the error of each token is multiplied by. None: 1.
+    """
     error = (prediction - target).square().sum(-1)
+    error = error if weights is None else error * weights
     mean: Tensor = (error * counted).sum() / counted.sum().clamp(min=1)
     return mean
+
+
+ENERGY_FLOOR = 0.05
+"""Added to a token's energy, whose mean is near 1, so that quiet tokens do not count too much."""
+
+
+def energy_weights(
+    target: Float[Tensor, "batch pos d_model"], b_O: Float[Tensor, " d_model"]
+) -> Float[Tensor, "batch pos"]:
+    """What tokens count for: less where the layer writes much.
+
+    `w = 1 / (e + 0.05)` with `e = |y - b_O|^2` on training scale, where its mean is near 1. The
+    error of attention sinks, which write far more than other tokens, does not drown the others'.
+    """
+    energy = (target - b_O.detach()).square().sum(-1)
+    weights: Tensor = 1 / (energy + ENERGY_FLOOR)
+    return weights
 
 
 def l1_penalty(
@@ -25,7 +51,7 @@ def l1_penalty(
 ) -> Float[Tensor, ""]:
     """Mean over counted tokens of `sum_i |z^i| ||w_O^i||`; the norms get gradient here."""
     norms = torch.linalg.vector_norm(lorsa.W_O, dim=-1)[output.code.indices]
-    written: Tensor = (output.code.values.abs() * norms).sum(-1)
+    written = lorsa.over_heads((output.code.values.abs() * norms).sum(-1))
     return (written * counted).sum() / counted.sum()
 
 
@@ -42,7 +68,7 @@ def l0_penalty(
     distance = (scores - thresholds) / lorsa.cfg.jumprelu_bandwidth
     near = distance.abs() < 0.5
     above = (distance > 0).to(distance) + near * (distance - distance.detach())
-    return (above.sum(-1) * counted).sum() / counted.sum()
+    return (lorsa.over_heads(above.sum(-1)) * counted).sum() / counted.sum()
 
 
 def auxiliary_loss(
@@ -63,14 +89,13 @@ def auxiliary_loss(
         dead: which heads are dead.
         aux_k: how many of them stay per token here.
     """
-    n_dead = int(dead.sum())
+    n_dead = int(lorsa.over_heads(dead.sum()))
     if n_dead == 0:
         return output.recons.new_zeros(())
     heads: Int[Tensor, " dead"] = dead.nonzero().squeeze(-1)
     acts = output.acts_pre[..., heads]
-    scores = acts.detach().abs() * writing_norms(lorsa.W_O)[heads]
-    chosen = scores.topk(min(aux_k, n_dead), dim=-1, sorted=False).indices
-    prediction = decode(Code(acts.gather(-1, chosen), chosen), lorsa.W_O[heads])
+    code = lorsa.top(acts, writing_norms(lorsa.W_O)[heads], min(aux_k, n_dead))
+    prediction = lorsa.over_heads(decode(code, lorsa.W_O[heads]))
     residual = (target - output.recons).detach()
     error = squared_error(prediction, residual, counted)
     variance = squared_error(torch.zeros_like(residual), residual, counted)

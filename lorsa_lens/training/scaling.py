@@ -4,6 +4,7 @@ A Lorsa is trained on `x * scales.x` to return `out * scales.out`, so that one l
 every layer of every model. The scales are numbers, so they fold into the weights exactly.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord
+from lorsa_lens.training.parallel import Layout
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,12 @@ def estimate_scales(record: AttentionRecord, counted: Bool[Tensor, "batch pos"])
 
 
 @torch.no_grad()
-def fit_gain(lorsa: Lorsa, record: AttentionRecord, counted: Bool[Tensor, "batch pos"]) -> float:
+def fit_gain(
+    lorsa: Lorsa,
+    record: AttentionRecord,
+    counted: Bool[Tensor, "batch pos"],
+    layout: Layout | None = None,
+) -> float:
     """Multiply all activations by the one gain that fits the layer best; returns it.
 
     A fresh Lorsa of a few selected heads writes much less, or more, than the layer. The gain is
@@ -54,10 +61,16 @@ def fit_gain(lorsa: Lorsa, record: AttentionRecord, counted: Bool[Tensor, "batch
         lorsa: what to change, in place: its `W_V` and `b_V`.
         record: what the layer received and returned, on the Lorsa's scale.
         counted: tokens that count.
+        layout: how the Lorsa lies over processes; where each has a share of the batch, they take
+            the gain of the first one's. None: there is one process.
     """
     written = (lorsa(record.x, **record.context) - lorsa.b_O)[counted].double()
     target = (record.out - lorsa.b_O)[counted].double()
-    gain = float((target * written).sum() / written.square().sum().clamp(min=1e-300))
+    best = (target * written).sum() / written.square().sum().clamp(min=1e-300)
+    if layout is not None:
+        layout.settle(lorsa)
+        layout.batch.of_first([best])
+    gain = float(best)
     if gain <= 0:  # no use; so do not turn the heads around
         return 1.0
     lorsa.W_V.mul_(gain)
@@ -84,6 +97,6 @@ def rescale(lorsa: Lorsa, scales: Scales, *, to_raw: bool) -> None:
     for weight in (lorsa.W_O, lorsa.b_O):
         weight.mul_(out)
     if lorsa.cfg.act_fn == "jumprelu":  # thresholds are in units of z * ||w_O||
-        lorsa.log_threshold.add_(torch.tensor(out).log().to(lorsa.log_threshold))
+        lorsa.log_threshold.add_(math.log(out))
     if lorsa.cfg.act_fn == "batchtopk":
         lorsa.threshold.mul_(out)

@@ -21,7 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 test-slow: $(INSTALLED)  ## What training reaches: minutes, and the real model only where it is at hand.
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow -s
 
 test-matrix: $(INSTALLED)  ## All tests on TransformerLens 2.16, 2.18, 3.9 and 4.3.
 	$(BIN)/nox

@@ -82,7 +82,7 @@ class AttentionRecord(NamedTuple):
         )
 
     @property
-    def context(self) -> dict[str, Tensor | None]:
+    def context(self) -> dict[str, Any]:
         """Keyword arguments for `Lorsa.forward`, `encode`, `pattern` and `z_pattern`."""
         keep = None if self.keep is None else self.keep.expand(self.x.shape[0], -1, -1)
         return {"qk_input": self.qk_input, "positions": self.positions, "keep": keep}

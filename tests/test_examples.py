@@ -10,7 +10,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def test_every_example_is_tested_here():
     names = {path.stem for path in EXAMPLES.glob("*.py")}
-    assert names == {"splice_and_look", "induction_heads", "successor_heads"}
+    assert names == {
+        "induction_heads",
+        "ioi_gpt2",
+        "splice_and_look",
+        "successor_heads",
+        "trace_recall",
+    }
 
 
 def test_splice_and_look(tmp_path, monkeypatch, capsys):
@@ -43,6 +49,17 @@ def test_successor_heads_are_found(capsys):
     assert "  nextnum    0.2\n" in out
     heads = [head for rule in found.values() for head in rule]
     assert len(heads) == len(set(heads))
+
+
+def test_the_recall_circuit_is_traced(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # the IOI example is run in test_singular_cli.py
+    numbers = runpy.run_path(str(EXAMPLES / "trace_recall.py"))["main"](retrain=False, n_prompts=3)
+    assert "head.L0.0.6.5      -> head.L1.0.17.6     through the src" in capsys.readouterr().out
+    assert numbers["weight of the source edge"] > 0.9
+    assert numbers["attention after ablating, change"] < -0.5
+    assert abs(numbers["the same for random vectors"]) < 0.1
+    assert numbers["cumulative, singular"] < 0.7 * numbers["cumulative, rotated (null)"]
+    assert "<svg" in (tmp_path / "lorsa_trace" / "recall.html").read_text()
 
 
 def test_the_readme_shows_the_example():

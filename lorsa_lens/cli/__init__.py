@@ -3,6 +3,7 @@
 import typer
 
 from lorsa_lens.cli.cache_activations import cache_activations
+from lorsa_lens.cli.dashboard import dashboard
 from lorsa_lens.cli.demo import demo
 from lorsa_lens.cli.eval import evaluate_lorsas
 from lorsa_lens.cli.heads import heads
@@ -19,7 +20,7 @@ def main() -> None:
     """Low-Rank Sparse Attention for TransformerLens."""
 
 
-for command in (demo, train, heads, cache_activations, lift, push, trace):
+for command in (demo, train, heads, dashboard, cache_activations, lift, push, trace):
     app.command()(command)
 app.command("eval")(evaluate_lorsas)
 app.command("list")(list_lorsas)

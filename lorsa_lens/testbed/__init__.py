@@ -10,6 +10,7 @@ from lorsa_lens.testbed.cyclic import CyclicLanguage
 from lorsa_lens.testbed.labels import LabelledTokens, Language
 from lorsa_lens.testbed.models import load_language, load_model, load_weights
 from lorsa_lens.testbed.network import NetworkConfig, run_network
+from lorsa_lens.testbed.recall import RecallLanguage
 from lorsa_lens.testbed.rules import RuleLanguage
 from lorsa_lens.testbed.scores import rule_accuracy, rule_cross_entropy, source_mass
 
@@ -18,6 +19,7 @@ __all__ = [
     "LabelledTokens",
     "Language",
     "NetworkConfig",
+    "RecallLanguage",
     "RuleLanguage",
     "load_language",
     "load_model",

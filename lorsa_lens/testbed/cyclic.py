@@ -12,6 +12,7 @@ from lorsa_lens.testbed.labels import (
     LabelledTokens,
     check_n_sequences,
     check_token_ids,
+    recurrence,
     token_strings,
 )
 
@@ -109,10 +110,7 @@ class CyclicLanguage:
         """
         check_token_ids(tokens, len(self.vocab))
         tokens = tokens.long()
-        position = torch.arange(tokens.shape[1], device=tokens.device)
-        query, key = rearrange(tokens, "b q -> b q 1"), rearrange(tokens, "b k -> b 1 k")
-        earlier = rearrange(position, "k -> 1 k") < rearrange(position, "q -> q 1")
-        match = torch.where((query == key) & earlier, position, -1).amax(dim=2)
+        match = recurrence(tokens)
         holds = match >= 0
         source = torch.where(holds, match + 1, -1)
         answer = torch.where(holds, tokens.gather(1, source.clamp(min=0)), -1)

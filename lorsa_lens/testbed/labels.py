@@ -3,6 +3,7 @@
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
+from einops import rearrange
 from jaxtyping import Int
 from torch import Tensor
 
@@ -66,6 +67,14 @@ class Language(Protocol):
     def str_tokens(self, tokens: Int[Tensor, "pos"]) -> list[str]:
         """The readable strings of one sequence."""
         ...
+
+
+def recurrence(tokens: Int[Tensor, "batch pos"]) -> Int[Tensor, "batch pos"]:
+    """Position of each token's most recent earlier occurrence, -1 where there is none."""
+    position = torch.arange(tokens.shape[1], device=tokens.device)
+    query, key = rearrange(tokens, "b q -> b q 1"), rearrange(tokens, "b k -> b 1 k")
+    earlier = rearrange(position, "k -> 1 k") < rearrange(position, "q -> q 1")
+    return torch.where((query == key) & earlier, position, -1).amax(dim=2)
 
 
 def token_strings(vocab: tuple[str, ...], tokens: Int[Tensor, "pos"]) -> list[str]:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from lorsa_lens.testbed.cyclic import CyclicLanguage
 from lorsa_lens.testbed.network import LAYER_NORM_EPS, NetworkConfig
+from lorsa_lens.testbed.recall import RecallLanguage
 from lorsa_lens.testbed.rules import RuleLanguage
 
-ModelName = Literal["rules", "induction"]
+ModelName = Literal["rules", "induction", "recall"]
 HostName = Literal["auto", "hooked_transformer", "bridge"]
 
 MODEL_NAMES: tuple[ModelName, ...] = get_args(ModelName)
@@ -29,16 +30,20 @@ WEIGHTS_DIR = Path(__file__).parent / "weights"
 def load_language(name: Literal["rules"]) -> RuleLanguage: ...
 @overload
 def load_language(name: Literal["induction"]) -> CyclicLanguage: ...
+@overload
+def load_language(name: Literal["recall"]) -> RecallLanguage: ...
 
 
-def load_language(name: ModelName) -> RuleLanguage | CyclicLanguage:
+def load_language(name: ModelName) -> RuleLanguage | CyclicLanguage | RecallLanguage:
     """The language a model was trained on.
 
     Raises:
         ValueError: if there is no such model.
     """
     _check_choice("name", name, MODEL_NAMES)
-    return RuleLanguage() if name == "rules" else CyclicLanguage()
+    if name == "rules":
+        return RuleLanguage()
+    return CyclicLanguage() if name == "induction" else RecallLanguage()
 
 
 def load_weights(
@@ -72,8 +77,8 @@ def load_model(
     ``str_tokens``. It is returned in evaluation mode.
 
     Args:
-        name: ``"rules"``, one layer with three heads for eleven rules, or ``"induction"``, two
-            layers.
+        name: ``"rules"``, one layer with three heads for eleven rules, ``"induction"``, two
+            layers that continue repeated segments, or ``"recall"``, two layers that recall pairs.
         device: Where the model goes.
         host: ``"hooked_transformer"``, ``"bridge"`` (TransformerBridge, TransformerLens 3.9 on), or
             ``"auto"``: HookedTransformer where the installed TransformerLens has it.

@@ -69,6 +69,16 @@ class Recipe:
 RECIPES: dict[ModelName, Recipe] = {
     "rules": Recipe(n_layers=1, n_steps=1000, batch_size=96),
     "induction": Recipe(n_layers=2, n_steps=400, batch_size=96, n_warmup=50),
+    "recall": Recipe(
+        n_layers=2,
+        n_steps=1000,
+        batch_size=96,
+        n_heads=1,
+        d_head=32,
+        learning_rate=5e-3,
+        n_warmup=50,
+        weight_decay=0.05,
+    ),
 }
 
 # Training draws its sequences with seeds from here up, so that sequences drawn with small seeds are

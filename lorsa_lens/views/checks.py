@@ -14,14 +14,18 @@ MAX_HEADS = 16
 """Heat maps per figure. Each is a canvas with one element per query and key."""
 
 MAX_TOKENS = 128
-"""Tokens on each side of a heat map. 16 heads of 128 tokens take a browser several seconds."""
+"""Tokens on each side of a heat map."""
+
+MAX_CELLS = 16 * 64 * 64
+"""Queries times keys of all heat maps of a figure: 16 heads of 64 tokens, or 4 of 128. More take a
+browser many seconds."""
 
 MAX_TEXT_TOKENS = 2048
 """Tokens of a coloured text."""
 
 
 def heat_map_values(
-    view: str, argument: str, values: Tensor, tokens: Sequence[str]
+    view: str, argument: str, values: Tensor, tokens: Sequence[str], *, extra_heads: int = 0
 ) -> Float64[Tensor, "head query key"]:
     """Check the values of a heat map and bring them to the CPU.
 
@@ -30,6 +34,7 @@ def heat_map_values(
         argument: What the caller names `values`.
         values: The values, to be [head, query, key].
         tokens: The tokens, to be as many as queries and as keys.
+        extra_heads: Heat maps that the same figure draws beside these.
 
     Returns:
         The values on the CPU in double precision, without gradient.
@@ -55,6 +60,7 @@ def heat_map_values(
         )
     if 0 in shape:
         raise ValueError(f"{argument} is empty, got shape {shape} for [head, query, key]")
+    n_heads += extra_heads
     if n_heads > MAX_HEADS:
         raise ValueError(
             f"{argument} has {n_heads} heads, one figure draws at most {MAX_HEADS}; choose some, "
@@ -66,6 +72,12 @@ def heat_map_values(
             f"there are {len(tokens)} tokens, one figure draws at most {MAX_TOKENS}; choose a "
             f"stretch, for example at = slice(0, {MAX_TOKENS}); "
             f"{view}({argument}[:, at, at], tokens[at])"
+        )
+    if n_heads * len(tokens) ** 2 > MAX_CELLS:
+        raise ValueError(
+            f"{n_heads} heads of {len(tokens)} tokens are too much for one figure; of so many "
+            f"tokens it draws at most {MAX_CELLS // len(tokens) ** 2} heads: choose fewer, or a "
+            "stretch of the tokens"
         )
     return _finite(argument, values)
 

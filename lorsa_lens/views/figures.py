@@ -14,13 +14,8 @@ from torch import Tensor
 from lorsa_lens.views.checks import check_max_abs, head_labels, heat_map_values, token_values
 from lorsa_lens.views.figure import Figure
 from lorsa_lens.views.spec import Scale
+from lorsa_lens.views.style import NEGATIVE, POSITIVE
 from lorsa_lens.views.tokens import display_tokens
-
-POSITIVE = "#0072b2"
-"""Blue. With `NEGATIVE`, a pair that colour-blind readers tell apart (Okabe and Ito)."""
-
-NEGATIVE = "#d55e00"
-"""Orange."""
 
 DECIMALS = 3
 """Digits kept after the point; one more for each factor of ten that the scale lies below 1."""
@@ -71,7 +66,7 @@ def attention_view(
         )
     legend = "Colour: attention from the query (row) to the key (column)."
     scale = Scale(0.0, 1.0, NEGATIVE, POSITIVE)
-    return _heat_map(values.clamp(0.0, 1.0), tokens, names, scale, legend)
+    return heat_map(values.clamp(0.0, 1.0), tokens, names, scale, legend)
 
 
 def z_pattern_view(
@@ -114,7 +109,7 @@ def z_pattern_view(
         "Colour: contribution A[q, k]·v[k] of the key (column) to the head's output at the query "
         f"(row); orange is negative, blue is positive.{beyond}"
     )
-    return _heat_map(values, tokens, names, scale, legend)
+    return heat_map(values, tokens, names, scale, legend)
 
 
 def token_view(
@@ -156,13 +151,14 @@ def token_view(
     return Figure("ColoredTokens", props | _colour_props(scale), legend=legend, scale=scale)
 
 
-def _heat_map(
+def heat_map(
     values: Float64[Tensor, "head query key"],
     tokens: Sequence[str],
     head_names: list[str],
     scale: Scale,
     legend: str,
 ) -> Figure:
+    """Draw checked values as one heat map per head, grey above the diagonal if all is 0 there."""
     masked = values.shape[-1] > 1 and not bool(values.triu(diagonal=1).any())
     props = {
         "attention": _rounded(values, scale),

@@ -7,12 +7,16 @@ from pathlib import Path
 from lorsa_lens.io.atomic import atomic_write
 from lorsa_lens.views.bars import Bars
 from lorsa_lens.views.bundle import bundle
+from lorsa_lens.views.card import Card
 from lorsa_lens.views.drawing import Drawing
 from lorsa_lens.views.sections import Heading, Table, Text
 from lorsa_lens.views.spec import FigureSpec, HasSpec, escape
 from lorsa_lens.views.style import STYLE
 
-Section = Heading | Text | Table | Bars | Drawing | HasSpec
+Static = Heading | Text | Table | Bars | Drawing | Card
+"""Sections that need no script."""
+
+Section = Static | HasSpec
 """What a page is made of."""
 
 DEFAULT_TITLE = "Lorsa heads"
@@ -47,7 +51,7 @@ def render(*sections: Section, title: str = DEFAULT_TITLE) -> str:
     figures: list[FigureSpec] = []
     body: list[str] = []
     for section in sections:
-        if isinstance(section, Heading | Text | Table | Bars | Drawing):
+        if isinstance(section, Static):
             body.append(section.to_html())
         else:
             figures.append(section.spec)
@@ -57,7 +61,7 @@ def render(*sections: Section, title: str = DEFAULT_TITLE) -> str:
     if figures:
         calls = [spec.call(_figure_id(number)) for number, spec in enumerate(figures, start=1)]
         scripts = [bundle(), "\n" + "\n".join(calls) + "\n"]
-    return _document(title, body, scripts)
+    return document(title, body, scripts)
 
 
 def save(path: str | Path, *sections: Section, title: str = DEFAULT_TITLE) -> Path:
@@ -94,7 +98,7 @@ def save(path: str | Path, *sections: Section, title: str = DEFAULT_TITLE) -> Pa
 
 
 def _check_section(number: int, section: object) -> None:
-    if isinstance(section, Heading | Text | Table | Bars | Drawing):
+    if isinstance(section, Static):
         return
     if isinstance(getattr(section, "spec", None), FigureSpec):
         return
@@ -119,8 +123,14 @@ def _figure_html(spec: FigureSpec, element_id: str) -> str:
     )
 
 
-def _document(title: str, body: list[str], scripts: list[str]) -> str:
-    """Put the parts together. Scripts are allowed by their hash, so inline handlers stay inert."""
+def document(title: str, body: list[str], scripts: list[str]) -> str:
+    """Return a page of HTML parts. Scripts are allowed by their hash, inline handlers stay inert.
+
+    Args:
+        title: Plain text.
+        body: HTML, in order.
+        scripts: JavaScript, fit to stand in a script element.
+    """
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "

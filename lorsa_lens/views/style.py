@@ -5,6 +5,12 @@ headings in cards make circuitsvis' labels fit; the last rule for cards widens i
 which are a twelfth of the figure otherwise.
 """
 
+POSITIVE = "#0072b2"
+"""Blue. With `NEGATIVE`, a pair that colour-blind readers tell apart (Okabe and Ito)."""
+
+NEGATIVE = "#d55e00"
+"""Orange."""
+
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1c1c; --soft: #5c5c5c; --line: #d9d9d9;
   --page: #fcfcfc; --band: #f1f1f1; }
@@ -35,4 +41,12 @@ main > figure > figcaption { margin-top: .5rem; font-size: .85rem; color: var(--
 .table th { color: var(--soft); font-weight: 600; white-space: nowrap; }
 .table .number { text-align: right; }
 .table tbody tr:hover { background: var(--band); }
+.table th button { all: unset; cursor: pointer; }
+.table th button:focus-visible { outline: 2px solid; outline-offset: 2px; }
+.table th[aria-sort="ascending"] button::after { content: " ▲"; }
+.table th[aria-sort="descending"] button::after { content: " ▼"; }
+a { color: light-dark(#0b57a4, #8ab8ff); }
+nav, form { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: 1rem 0; }
+input, select, button { font: inherit; max-width: 100%; }
+details p { overflow-wrap: anywhere; }
 """

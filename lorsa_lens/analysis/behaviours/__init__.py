@@ -1,0 +1,23 @@
+"""Behaviours that heads are known for: what they fetch, what they write, and who does so."""
+
+from typing import TYPE_CHECKING
+
+from lorsa_lens.lazy import lazy
+
+if TYPE_CHECKING:
+    from lorsa_lens.analysis.behaviours.catalogue import Behaviour, known_behaviours
+    from lorsa_lens.analysis.behaviours.effects import Effect
+    from lorsa_lens.analysis.behaviours.find import describe_heads, find_heads, named_heads
+
+_HOMES = {
+    "Behaviour": "catalogue",
+    "Effect": "effects",
+    "describe_heads": "find",
+    "find_heads": "find",
+    "known_behaviours": "catalogue",
+    "named_heads": "find",
+}
+
+__all__ = ["Behaviour", "Effect", "describe_heads", "find_heads", "known_behaviours", "named_heads"]
+
+__getattr__, __dir__ = lazy(__name__, _HOMES)

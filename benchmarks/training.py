@@ -4,7 +4,8 @@
 
 CPU seconds of one process, so that other work on the machine does not count: of the whole loop, of
 the same passes of the language model by themselves, and of the same optimizer steps on activations
-that are there already. The three take turns.
+that are there already. The three take turns. Of the loop, what its second half takes, so that its
+start (Lorsas made from the layers, scales) does not count.
 """
 
 import argparse
@@ -37,6 +38,7 @@ def measure(model: Any, tokens: str, cfg: TrainingConfig, repeats: int) -> dict[
     """Seconds per step: best of the repeats; and what the loop adds, by the median."""
     layers = list(range(host_of(model).n_layers))
     n_steps, batch_size = cfg.n_steps, cfg.batch_size
+    longer = cfg.replace(training_tokens=2 * cfg.training_tokens)
     contexts = contexts_for_model(model, tokens, cfg.context_size, n_epochs=None)
     texts = [contexts.next_batch(batch_size).tokens for _ in range(n_steps)]
     stream = ActivationStream(model, contexts, layers, batch_size=batch_size)
@@ -67,6 +69,7 @@ def measure(model: Any, tokens: str, cfg: TrainingConfig, repeats: int) -> dict[
         "optimizer_steps": steps,
         "activations": activations,
         "whole_loop": lambda: train(model, tokens, layers, cfg, progress=False),
+        "twice_as_long": lambda: train(model, tokens, layers, longer, progress=False),
     }
     for work in works.values():
         work()
@@ -74,6 +77,8 @@ def measure(model: Any, tokens: str, cfg: TrainingConfig, repeats: int) -> dict[
     for _ in range(repeats):
         for name, work in works.items():
             times[name].append(cpu_seconds(work) / n_steps)
+        times["whole_loop"][-1] = times["twice_as_long"][-1] - times["whole_loop"][-1]
+    del times["twice_as_long"]
     overhead = [
         loop / (model_pass + step) - 1
         for loop, model_pass, step in zip(

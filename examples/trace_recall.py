@@ -36,7 +36,7 @@ def main(retrain: bool = True, n_prompts: int = 6) -> dict[str, float]:
     """
     model = trained() if retrain else load_model("recall")
     streams, circuits = [], []
-    language = RecallLanguage(n_pairs=8, n_items=19)
+    language = RecallLanguage()
     for number in range(n_prompts):
         prompt, answer = recall_prompt(seed=number)
         stream = record_stream(model, prompt)
@@ -87,10 +87,10 @@ def trained() -> object:
 
 
 def recall_prompt(seed: int) -> tuple[torch.Tensor, int]:
-    """Eight different pairs, then the key of one of them; and its value."""
+    """Sixteen different pairs, then the key of one of them; and its value."""
     generator = torch.Generator().manual_seed(seed)
-    words = torch.randperm(32, generator=generator)[:16] + 1
-    pair = 2 + seed % 5
+    words = torch.randperm(32, generator=generator) + 1
+    pair = 2 + seed % 12
     bos = torch.zeros(1, dtype=torch.int64)
     return torch.cat((bos, words, words[2 * pair : 2 * pair + 1])), int(words[2 * pair + 1])
 

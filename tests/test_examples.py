@@ -54,7 +54,7 @@ def test_successor_heads_are_found(capsys):
 def test_the_recall_circuit_is_traced(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)  # the IOI example is run in test_singular_cli.py
     numbers = runpy.run_path(str(EXAMPLES / "trace_recall.py"))["main"](retrain=False, n_prompts=3)
-    assert "head.L0.0.6.5      -> head.L1.0.17.6     through the src" in capsys.readouterr().out
+    assert "head.L0.0.6.5      -> head.L1.0.33.6     through the src" in capsys.readouterr().out
     assert numbers["weight of the source edge"] > 0.9
     assert numbers["attention after ablating, change"] < -0.5
     assert abs(numbers["the same for random vectors"]) < 0.1

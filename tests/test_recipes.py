@@ -23,7 +23,7 @@ def report(name, values):
     sys.stdout.write(f"\n{name}: {values}\n")
 
 
-def trained(name, seed, n_steps=700, n_train=4096, **sizes):
+def trained(name, seed, *, n_steps, n_train, adam_beta2, **sizes):
     """Lorsas of every layer of a testbed model, held-out text, and what they do on it."""
     model, language = load_model(name), load_language(name)
     text, test = language.sample(n_train, seed=seed), language.sample(512, seed=10_000 + seed)
@@ -35,7 +35,7 @@ def trained(name, seed, n_steps=700, n_train=4096, **sizes):
     n_pos = text.tokens.shape[1]
     cfg = TrainingConfig(
         context_size=n_pos, train_batch_size_tokens=32 * n_pos,
-        training_tokens=n_steps * 32 * n_pos, seed=seed,
+        training_tokens=n_steps * 32 * n_pos, seed=seed, adam_beta2=adam_beta2,
     )  # fmt: skip
     train_on(lorsas, record_attention(model, text.tokens, layers), cfg, progress=False)
     asked = test.answer >= 0
@@ -53,10 +53,18 @@ def fvu_at(model, lorsa, test, positions):
     return (error[positions].mean() / variance).item()
 
 
+RULES = {
+    "n_steps": 800, "n_train": 8192, "adam_beta2": 0.95, "n_qk_heads": 8, "n_ov_heads": 256,
+}  # fmt: skip
+INDUCTION = {
+    "n_steps": 700, "n_train": 4096, "adam_beta2": 0.99, "n_qk_heads": 6, "n_ov_heads": 192,
+}  # fmt: skip
+
+
 def test_superposed_rules():
     results = []
     for seed in range(3):
-        model, lorsas, test, rows = trained("rules", seed, n_qk_heads=8, n_ov_heads=256)
+        model, lorsas, test, rows = trained("rules", seed, **RULES)
         asked = test.answer >= 0
         results.append((float(rows[0].ce_recovered), fvu_at(model, lorsas[0], test, asked)))
     recovered, rule_fvu = np.mean(results, axis=0)
@@ -66,7 +74,7 @@ def test_superposed_rules():
 
 
 def test_induction():
-    _, _, _, rows = trained("induction", 0, n_qk_heads=6, n_ov_heads=192)
+    _, _, _, rows = trained("induction", 0, **INDUCTION)
     report("recovered", [float(row.ce_recovered) for row in rows])
     report("FVU", [float(row.fvu) for row in rows[:2]])
     assert rows[0].ce_recovered >= 0.999

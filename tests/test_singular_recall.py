@@ -26,7 +26,7 @@ from lorsa_lens.training import TrainingConfig, train_on
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 recall_prompt = runpy.run_path(str(EXAMPLES / "trace_recall.py"))["recall_prompt"]
-N_PROMPTS = 6
+N_PROMPTS = 12
 
 
 @pytest.fixture(scope="module")
@@ -95,18 +95,13 @@ def test_impossible_languages_are_refused():
 
 
 def test_one_source_edge_from_the_previous_token_head(traced):
-    weights = []
     for stream, circuit, value in traced:
         last = stream.n_pos - 1
         edges = [e for e in circuit.edges if e.down.id == f"head.L1.0.{last}.{value}"]
-        sources = [e for e in edges if e.side == "src"]
-        strongest = max(sources, key=lambda e: e.weight)
-        assert strongest.up.id == f"head.L0.0.{value}.{value - 1}"
-        weights.append(strongest.weight)
-        assert len(sources) == 1 or strongest.weight > 0.75
+        (source,) = [e for e in edges if e.side == "src"]
+        assert source.up.id == f"head.L0.0.{value}.{value - 1}"
+        assert source.weight >= 0.9
         assert {e.up.kind for e in edges if e.side == "dest"} == {"embedding"}
-    assert sorted(weights)[1] >= 0.9  # all but one
-    assert sum(weights) / len(weights) >= 0.88
 
 
 def test_ablation_against_random_vectors_of_the_complement(traced):
@@ -128,7 +123,7 @@ def change(report):
 
 
 def test_singular_vectors_are_special_where_something_was_learned(traced):
-    rows = {row.statistic: row for row in sparsity([stream for stream, _, _ in traced])}
+    rows = {row.statistic: row for row in sparsity([stream for stream, _, _ in traced[:3]])}
     assert set(rows) == {"cumulative", "relative", "rolls_tovee", "greedy_dest", "greedy_src"}
     for row in rows.values():
         assert row.ratio <= 0.7
@@ -150,11 +145,11 @@ def test_they_are_not_on_random_models(name):
 
 @pytest.fixture(scope="module")
 def compared(model, traced):
-    """Lorsas trained with the package's trainer, with one circuit for the head and with four."""
+    """Lorsas trained with the package's trainer: of the sizes it defaults to, and four circuits."""
     seen = RecallLanguage().sample(1024, seed=1).tokens
     found = []
-    for n_qk_heads in (1, 4):
-        lorsa = Lorsa.from_attention(model, 1, n_qk_heads=n_qk_heads, n_ov_heads=64, k=4)
+    for n_qk_heads, n_ov_heads in ((1, 1024), (4, 128)):
+        lorsa = Lorsa.from_attention(model, 1, n_qk_heads=n_qk_heads, n_ov_heads=n_ov_heads, k=10)
         batch = 32 * seen.shape[1]
         config = TrainingConfig(
             train_batch_size_tokens=batch, context_size=seen.shape[1], training_tokens=150 * batch
@@ -168,13 +163,21 @@ def compared(model, traced):
 
 
 def test_a_lorsa_owes_its_attention_to_the_same_components(compared):
+    one_circuit, _ = compared
+    for comparison in one_circuit:
+        (circuit,) = comparison.comparisons
+        assert circuit.sides["src"].jaccard == 1.0
+        assert circuit.sides["dest"].jaccard >= 0.7
+        assert all(agreement.pearson >= 0.95 for agreement in circuit.sides.values())
+
+
+def test_several_circuits_share_the_components_of_one_head(compared):
     for comparisons in compared:
-        first = comparisons[0]
-        assert first.comparisons
-        assert first.mean("src", "jaccard") == 1.0
+        assert comparisons[0].mean("src", "jaccard") == 1.0
         for comparison in comparisons:
             assert comparison.heads == (0,)
-            assert comparison.mean("src", "jaccard") >= 0.5
+            assert comparison.comparisons
+            assert comparison.mean("src", "jaccard") >= 0.7
             assert comparison.mean("dest", "jaccard") >= 0.7
             for side in ("dest", "src"):
                 assert comparison.mean(side, "pearson") >= 0.95
@@ -188,8 +191,9 @@ def test_what_one_level_says_the_other_needs(compared):
                 assert circuit.attention > 0.9
                 assert circuit.pattern_distance < 0.1
                 for agreement in circuit.sides.values():
-                    assert agreement.ablated < circuit.attention - 0.3
                     assert agreement.ablated_original < 0.3
+            for side in ("dest", "src"):  # of four circuits, on average
+                assert comparison.mean(side, "ablated") < 0.6
 
 
 def test_the_exact_lift_agrees_in_everything(model, traced, tmp_path):
@@ -217,7 +221,7 @@ def test_where_nothing_attends_there_is_nothing_to_compare(model, traced, tmp_pa
     assert other.heads == other.comparisons == ()
     assert other.mean("src", "jaccard") != other.mean("src", "jaccard")  # NaN
     assert save_level_page([other], tmp_path / "none.html").exists()
-    with pytest.raises(ValueError, match="give 0 <= src <= dest <= 17"):
+    with pytest.raises(ValueError, match="give 0 <= src <= dest <= 33"):
         compare_levels(stream, lorsa, 3, 5)
     lorsa.cfg = lorsa.cfg.replace(layer=None)
     with pytest.raises(ValueError, match=r"cfg\.layer is None"):

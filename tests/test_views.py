@@ -275,6 +275,7 @@ def test_long_tokens_are_cut_on_axes_only():
         ((0, 4, 4), 4, r"is empty, got shape \(0, 4, 4\)"),
         ((1, 0, 0), 0, r"is empty, got shape \(1, 0, 0\)"),
         ((MAX_HEADS + 1, 2, 2), 2, r"17 heads, one figure draws at most 16; .*\w+\[heads\]"),
+        ((16, 65, 65), 65, r"16 heads of 65 tokens are too much .* at most 15 heads"),
         ((1, MAX_TOKENS + 1, MAX_TOKENS + 1), MAX_TOKENS + 1, r"129 tokens.* at most 128; .*slice"),
     ],
 )
@@ -284,8 +285,10 @@ def test_heat_maps_refuse_wrong_shapes(view, shape, n_tokens, message):
 
 
 def test_the_limits_themselves_are_drawn():
-    pattern = causal(MAX_HEADS, MAX_TOKENS)
-    assert len(attention_view(pattern, letters(MAX_TOKENS)).spec.props["attention"]) == 16
+    pattern = causal(MAX_HEADS, 64)
+    assert len(attention_view(pattern, letters(64)).spec.props["attention"]) == 16
+    pattern = causal(4, MAX_TOKENS)
+    assert len(attention_view(pattern, letters(MAX_TOKENS)).spec.props["attention"]) == 4
     token_view(letters(MAX_TEXT_TOKENS), torch.ones(MAX_TEXT_TOKENS))
 
 

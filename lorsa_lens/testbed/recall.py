@@ -42,7 +42,7 @@ class RecallLanguage:
         ValueError: if the numbers are not 1 <= n_pairs <= 16, 1 <= n_items, 0 <= repeats <= 1.
     """
 
-    n_pairs: int = 8
+    n_pairs: int = 16
     n_items: int = 19
     repeats: float = 0.9
 

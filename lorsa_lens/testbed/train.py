@@ -71,13 +71,15 @@ RECIPES: dict[ModelName, Recipe] = {
     "induction": Recipe(n_layers=2, n_steps=400, batch_size=96, n_warmup=50),
     "recall": Recipe(
         n_layers=2,
-        n_steps=1000,
-        batch_size=96,
+        n_steps=1200,
+        batch_size=64,
         n_heads=1,
+        d_model=128,
         d_head=32,
         learning_rate=5e-3,
         n_warmup=50,
-        weight_decay=0.05,
+        weight_decay=0.01,
+        other_weight=0.02,
     ),
 }
 

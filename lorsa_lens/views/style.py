@@ -48,5 +48,7 @@ main > figure > figcaption { margin-top: .5rem; font-size: .85rem; color: var(--
 a { color: light-dark(#0b57a4, #8ab8ff); }
 nav, form { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: 1rem 0; }
 input, select, button { font: inherit; max-width: 100%; }
+main:has(#heads) { max-width: 90rem; }
+#heads td { white-space: nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis; }
 details p { overflow-wrap: anywhere; }
 """

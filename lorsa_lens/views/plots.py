@@ -166,7 +166,8 @@ def _axes(ax: "Axes | None", x: str, y: str, title: str, *, grid: bool = True) -
             ) from error
         _, ax = pyplot.subplots(figsize=(6.4, 4.0), layout="constrained")
     ax.set(xlabel=x, ylabel=y, title=title)
-    ax.grid(grid, alpha=0.3)
+    if grid:
+        ax.grid(alpha=0.3)
     return ax
 
 

@@ -192,6 +192,8 @@ def test_what_one_level_says_the_other_needs(compared):
                 assert circuit.pattern_distance < 0.1
                 for agreement in circuit.sides.values():
                     assert agreement.ablated_original < 0.3
+                    if len(comparison.comparisons) == 1:
+                        assert agreement.ablated < circuit.attention - 0.3
             for side in ("dest", "src"):  # of four circuits, on average
                 assert comparison.mean(side, "ablated") < 0.6
 

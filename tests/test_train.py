@@ -105,7 +105,8 @@ def test_records_in_memory_come_once_each_epoch_and_from_any_place():
 
 
 def invoke(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    wide = {"COLUMNS": "300", "TERMINAL_WIDTH": "300"}  # messages on one line
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env=wide)
 
 
 def test_from_a_text_file_to_evaluated_lorsas_on_the_command_line(llama, tmp_path):

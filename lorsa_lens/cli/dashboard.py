@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from lorsa_lens.cli.options import mistakes_in_one_line
+from lorsa_lens.cli.runs import load_lorsas, read_run, read_text
 
 
 def dashboard(
@@ -29,12 +30,10 @@ def dashboard(
     """Write a static site of all heads: a table, a page for each, and prompts. No server needed."""
     from rich.console import Console
 
-    from lorsa_lens.cli.heads import _load_lorsas, _read_run, _read_text
-
     console = Console()
     with mistakes_in_one_line():
-        run = _read_run(run_dir, model, None)
-        lorsas = _load_lorsas(run_dir, layers)
+        run = read_run(run_dir, model, None)
+        lorsas = load_lorsas(run_dir, layers)
         console.print("Loading TransformerLens ...")
         from lorsa_lens.dashboard import read_prompts, stored_heads, write_site
         from lorsa_lens.hosts.loading import load_host
@@ -44,7 +43,7 @@ def dashboard(
         heads = stored_heads(host_model, lorsas, folder, n_excerpts=excerpts)
         prompts = []
         if n_prompts:
-            text = _read_text(host_model, run["tokens"], n_prompts, context_size)
+            text = read_text(host_model, run["tokens"], n_prompts, context_size)
             prompts = read_prompts(host_model, lorsas, text)
         page = write_site(out, heads, title=f"Lorsa heads of {run['model']}", prompts=prompts)
     console.print(f"Open [bold]{page}[/bold]")

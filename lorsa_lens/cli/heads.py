@@ -1,10 +1,11 @@
 """`lorsa-lens heads`."""
 
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from lorsa_lens.cli.runs import load_lorsas, read_run, read_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -45,14 +46,14 @@ def heads(
     console = Console()
     folder = run_dir / "heads" if out is None else out
     try:
-        run = _read_run(run_dir, model, tokens)
+        run = read_run(run_dir, model, tokens)
         console.print("Loading TransformerLens ...")
         from lorsa_lens.analysis.report import head_tables, save_tables
         from lorsa_lens.hosts.loading import load_host
 
         host_model = load_host(run["model"], device=run.get("device", "cpu"))
-        lorsas = _load_lorsas(run_dir, layers)
-        text = _read_text(host_model, run["tokens"], n_sequences, context_size)
+        lorsas = load_lorsas(run_dir, layers)
+        text = read_text(host_model, run["tokens"], n_sequences, context_size)
         tables = head_tables(host_model, lorsas, text, n_prompts=n_prompts)
         save_tables(tables, folder)
         if contexts:
@@ -62,45 +63,6 @@ def heads(
     _print_named(console, tables["named"])
     _print_spans(console, tables["spans"])
     console.print(f"\nThe tables are in [bold]{folder}[/bold]")
-
-
-def _read_run(run_dir: Path, model: str | None, tokens: str | None) -> dict[str, Any]:
-    """The run's configuration, with what was given in place of it."""
-    from lorsa_lens.validation import read_fields
-
-    file = run_dir / "run_config.json"
-    fields = read_fields(file) if file.is_file() else {}
-    given = {"model": model, "tokens": tokens}
-    run = {**fields, **{name: value for name, value in given.items() if value is not None}}
-    if missing := [name for name in given if name not in run]:
-        raise ValueError(f"there is no {file}: give --{' and --'.join(missing)}")
-    return run
-
-
-def _load_lorsas(run_dir: Path, layers: list[int] | None) -> dict[int, "Lorsa"]:
-    from lorsa_lens.lorsa import Lorsa
-
-    folders = sorted((run_dir / "lorsas").glob("blocks.*"), key=lambda path: int(path.suffix[1:]))
-    found = {int(folder.suffix[1:]): folder for folder in folders}
-    chosen = layers if layers else list(found)
-    for layer in chosen:
-        if layer not in found:
-            raise ValueError(f"{run_dir}/lorsas has no layer {layer}: it has {list(found)}")
-    if not chosen:
-        raise ValueError(f"there are no Lorsas in {run_dir}/lorsas: has the run ended?")
-    return {layer: Lorsa.from_pretrained(found[layer]) for layer in chosen}
-
-
-def _read_text(model: Any, tokens: str, n_sequences: int, context_size: int) -> Any:
-    import torch
-
-    from lorsa_lens.analysis.contexts.collect import packed
-
-    sequences = packed(model, tokens, context_size)
-    rows = [torch.from_numpy(context.tokens) for context in islice(sequences, n_sequences)]
-    if len(rows) < 2:
-        raise ValueError(f"{tokens} has too few tokens for two sequences of {context_size}")
-    return torch.stack(rows)
 
 
 def _collect(

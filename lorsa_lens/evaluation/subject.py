@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from lorsa_lens.training.config import TrainingConfig
+from lorsa_lens.training.folders import CONFIG_FILE, LORSAS, RUN_CONFIG_FILE, saved_lorsas
 from lorsa_lens.validation import read_fields
 
-RUN_CONFIGS = ("run_config.json", "training_config.json")
+RUN_CONFIGS = (RUN_CONFIG_FILE, CONFIG_FILE)
 """Where a run's directory says how it was trained; the first one also says on which model."""
-
-LORSAS = "lorsas"
-"""Folder of the trained Lorsas in a run's directory."""
 
 DEFAULT_OUT = Path("lorsa_eval")
 """Where an evaluation of single Lorsas goes."""
@@ -91,8 +89,7 @@ def _run_fields(run: Path) -> dict[str, Any]:
 
 def _by_layer(folder: Path) -> list[Path]:
     """The folders `blocks.N` in a folder, in the order of N."""
-    found = {path.name.removeprefix("blocks."): path for path in folder.glob("blocks.*")}
-    layers = sorted(int(layer) for layer in found if layer.isdigit())
-    if not layers:
+    found = saved_lorsas(folder)
+    if not found:
         raise ValueError(f"{folder} holds no Lorsas yet: has the run ended?")
-    return [found[str(layer)] for layer in layers]
+    return list(found.values())

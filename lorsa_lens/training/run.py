@@ -17,10 +17,10 @@ from lorsa_lens.hosts.loading import load_host
 from lorsa_lens.io.atomic import atomic_write
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.training.checkpoints import checkpoints
+from lorsa_lens.training.folders import CHECKPOINTS, CONFIG_FILE, LORSAS, RUN_CONFIG_FILE
 from lorsa_lens.training.loops import train
 from lorsa_lens.training.ranks import Ranks
 from lorsa_lens.training.run_config import RunConfig
-from lorsa_lens.training.trainer import CHECKPOINTS, CONFIG_FILE, LORSAS
 
 PACKAGES = ("lorsa-lens", "torch", "transformer-lens", "transformers", "numpy")
 
@@ -50,7 +50,7 @@ def run(cfg: RunConfig, *, resume: bool = False, progress: bool = True) -> dict[
     ranks = Ranks()
     ranks.wait()  # all have looked before one writes
     if ranks.is_first and not resumed:
-        _write(folder / "run_config.json", json.dumps(cfg.to_dict(), indent=2) + "\n")
+        _write(folder / RUN_CONFIG_FILE, json.dumps(cfg.to_dict(), indent=2) + "\n")
         _write(folder / "environment.json", json.dumps(environment(), indent=2) + "\n")
     model = load_host(cfg.model, device=device, dtype=getattr(torch, cfg.model_dtype))
     layers = list(range(host_of(model).n_layers)) if cfg.layers is None else list(cfg.layers)

@@ -24,15 +24,12 @@ from lorsa_lens.training.checkpoints import (
 )
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.end_to_end import InPlaceTrainer, end_to_end_step
+from lorsa_lens.training.folders import CHECKPOINTS, CONFIG_FILE, LORSAS
 from lorsa_lens.training.layer import LayerTrainer, StepMetrics, TrainingError
 from lorsa_lens.training.metrics import named, open_sinks
 from lorsa_lens.training.parallel import layout_of
 from lorsa_lens.training.parts import Batch, Part, Source
 from lorsa_lens.training.scaling import Scales, estimate_scales, fit_gain
-
-CONFIG_FILE = "training_config.json"
-CHECKPOINTS = "checkpoints"
-LORSAS = "lorsas"
 
 MAY_CHANGE = frozenset({
     "output_path", "checkpoint_every", "n_checkpoints_kept", "log_every", "wandb_project",

@@ -12,8 +12,10 @@ from lorsa_lens import Lorsa, splice
 from lorsa_lens.data import CachedActivations
 from lorsa_lens.hosts.loading import load_host
 from lorsa_lens.recording import record_attention
-from lorsa_lens.training.memory import estimate_memory
+from lorsa_lens.training.layer import LayerTrainer
+from lorsa_lens.training.memory import estimate_memory, resident_bytes
 from lorsa_lens.training.run_config import RunConfig
+from lorsa_lens.training.trial import trial_peak
 
 
 def said(result):
@@ -166,6 +168,43 @@ def test_a_dry_run_prints_the_estimate_and_writes_nothing(llama, tmp_path, monke
         ("one Lorsa's step", "lorsa_step"), ("batches prepared ahead", "prefetched"),
     ):  # fmt: skip
         assert in_table(row) == pytest.approx(getattr(needs, name), rel=0.03), row
+
+
+def test_a_trial_measures_some_steps_and_leaves_nothing(llama, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "text.txt").write_text(words(400))
+    monkeypatch.chdir(tmp_path)
+    steps = []
+    step = LayerTrainer.step
+    monkeypatch.setattr(
+        LayerTrainer, "step", lambda self, *args: steps.append(args[1]) or step(self, *args)
+    )
+    fields = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    arguments = ["train", "--model", llama, "--tokens", "text.txt", *fields, "--layers", "0"]
+    result = invoke(*arguments, "--dry-run", "--trial-steps", "3")
+    assert result.exit_code == 0, result.output
+    assert steps == [0, 1, 0, 1, 2]  # two that the estimate plays through, three real ones
+    assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+    number, unit = re.search(r"measured in 3 steps ([\d.]+) (MB|GB)", said(result)).groups()
+    measured = float(number) * {"MB": 1e6, "GB": 1e9}[unit]
+    assert measured >= 0.98 * resident_bytes()  # the most so far is not below what is held now
+    assert "goes with --dry-run" in said(invoke(*arguments, "--trial-steps", "3"))
+
+
+def test_a_trial_sees_what_steps_hold(llama, tmp_path, monkeypatch):  # noqa: F811
+    (tmp_path / "text.txt").write_text(words(400))
+    cfg = RunConfig(model=str(llama), tokens=str(tmp_path / "text.txt"), layers=(0,), **SMALL)
+    step, before = LayerTrainer.step, trial_peak(cfg, 1)
+    n_bytes = before - resident_bytes() + 200_000_000
+
+    def hungry(self, *args):
+        held = torch.ones(n_bytes // 4)
+        assert held.sum() > 0
+        return step(self, *args)
+
+    monkeypatch.setattr(LayerTrainer, "step", hungry)
+    assert trial_peak(cfg, 1) > before + 100_000_000
+    with pytest.raises(ValueError, match="n_steps = 0: give at least 1"):
+        trial_peak(cfg, 0)
 
 
 # -------------------------------------------------------------------------------- a run's directory

@@ -11,7 +11,7 @@ from lorsa_lens.recording import AttentionRecord
 from lorsa_lens.training import losses
 from lorsa_lens.training.config import TrainingConfig
 from lorsa_lens.training.parallel.exchange import exchanged
-from lorsa_lens.training.parallel.head_shard import HeadShard, all_parts
+from lorsa_lens.training.parallel.head_shard import OF_NO_HEAD, HeadShard
 from lorsa_lens.training.parallel.layout import Layout
 from lorsa_lens.training.parts import Part
 from lorsa_lens.training.ranks import Ranks
@@ -116,7 +116,7 @@ def test_shards_are_the_whole(kind, n):
         own = slice(ranks.rank * n_heads // n, (ranks.rank + 1) * n_heads // n)
         loss, output = objective(shard, dead[own], factors[own])
         gradients = {
-            name: all_parts(name, parameter.grad, ranks)
+            name: parameter.grad if name in OF_NO_HEAD else ranks.gather(parameter.grad)
             for name, parameter in shard.named_parameters()
         }
         dense = torch.zeros(3, N_POS, len(shard.W_O), dtype=torch.float64)

@@ -7,7 +7,7 @@ import typer
 
 from lorsa_lens.cli.options import mistakes_in_one_line, with_options
 from lorsa_lens.training.run_config import RunConfig
-from lorsa_lens.validation import read_fields
+from lorsa_lens.validation import ConfigError, read_fields
 
 
 @with_options(RunConfig)
@@ -20,6 +20,12 @@ def train(
     dry_run: Annotated[
         bool, typer.Option(help="Say how much memory and disk the run takes, and do not train.")
     ] = False,
+    trial_steps: Annotated[
+        int,
+        typer.Option(
+            min=0, help="With --dry-run: train so many steps, leave nothing behind, and measure."
+        ),
+    ] = 0,
 ) -> None:
     """Train Lorsas on layers of a model, from a file of fields, options, or both.
 
@@ -32,8 +38,10 @@ def train(
     try:
         with mistakes_in_one_line():
             cfg = RunConfig.from_dict({**({} if file is None else read_fields(file)), **overrides})
+            if trial_steps and not dry_run:
+                raise ConfigError(f"--trial-steps {trial_steps} goes with --dry-run")
             if dry_run:
-                _print_needs(cfg)
+                _print_needs(cfg, trial_steps)
                 return
             run(cfg, resume=resume)
     except KeyboardInterrupt:
@@ -42,7 +50,7 @@ def train(
     Console(soft_wrap=True).print(f"The Lorsas are in [bold]{cfg.output_path}/lorsas[/bold]")
 
 
-def _print_needs(cfg: RunConfig) -> None:
+def _print_needs(cfg: RunConfig, trial_steps: int) -> None:
     """A table of the memory and the disk that a run takes."""
     import torch
     from rich.console import Console
@@ -51,6 +59,7 @@ def _print_needs(cfg: RunConfig) -> None:
     from lorsa_lens.data.cache import in_words
     from lorsa_lens.hosts.loading import load_host
     from lorsa_lens.training.memory import estimate_memory, resident_bytes
+    from lorsa_lens.training.trial import trial_peak
 
     base, device = resident_bytes(), cfg.device.partition(":")[0]
     model = load_host(cfg.model, device="meta", dtype=getattr(torch, cfg.model_dtype))
@@ -69,6 +78,9 @@ def _print_needs(cfg: RunConfig) -> None:
     if base is not None:
         table.add_row("interpreter and packages, besides", in_words(base))
     table.add_row("text to be shuffled, besides", in_words(needs.shuffling))
+    if trial_steps:
+        held = in_words(trial_peak(cfg, trial_steps))
+        table.add_row(f"all together, measured in {trial_steps} steps", held, style="bold")
     table.add_row("disk", in_words(needs.disk))
     Console().print(table)
 

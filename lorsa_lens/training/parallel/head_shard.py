@@ -8,6 +8,7 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
+from torch.distributed.tensor import DTensor
 from typing_extensions import override
 
 from lorsa_lens.functional.code import Code, compact
@@ -17,18 +18,6 @@ from lorsa_lens.training.ranks import Ranks
 
 OF_NO_HEAD = frozenset({"b_O", "threshold"})
 """Parameters and buffers that every process has whole."""
-
-
-def own_part(name: str, whole: Tensor, ranks: Ranks) -> Tensor:
-    """What a process has of a parameter, or of something of its shape: that of its own heads."""
-    if name in OF_NO_HEAD or whole.ndim == 0:
-        return whole
-    return whole.chunk(ranks.n)[ranks.rank]
-
-
-def all_parts(name: str, part: Tensor, ranks: Ranks) -> Tensor:
-    """The reverse of `own_part`: that of all heads."""
-    return part if name in OF_NO_HEAD or part.ndim == 0 else ranks.gather(part)
 
 
 class HeadShard(Lorsa):
@@ -49,9 +38,17 @@ class HeadShard(Lorsa):
         super().__init__(lorsa.cfg, device="meta")
         self.ranks = ranks
         for name, parameter in lorsa.named_parameters():
-            setattr(self, name, nn.Parameter(own_part(name, parameter.detach(), ranks).clone()))
+            rows = parameter.detach()
+            own = rows if name in OF_NO_HEAD else rows.chunk(ranks.n)[ranks.rank]
+            setattr(self, name, nn.Parameter(own.clone()))
         for name, buffer in lorsa.named_buffers():
             setattr(self, name, buffer.clone())
+
+    @override
+    def __getattr__(self, name: str) -> Any:
+        """Parameters may be DTensors: what is computed with is this process's part of them."""
+        value = super().__getattr__(name)
+        return value.to_local() if isinstance(value, DTensor) else value
 
     @override
     def top(

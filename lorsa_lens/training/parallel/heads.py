@@ -2,21 +2,21 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from typing_extensions import override
 
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord
+from lorsa_lens.training.parallel.divided import DividedLayout
 from lorsa_lens.training.parallel.exchange import exchanged
-from lorsa_lens.training.parallel.head_shard import OF_NO_HEAD, HeadShard, all_parts, own_part
-from lorsa_lens.training.parallel.layout import Layout, rebuilt
+from lorsa_lens.training.parallel.head_shard import OF_NO_HEAD, HeadShard
 from lorsa_lens.training.parts import Part
 from lorsa_lens.training.ranks import Ranks
 from lorsa_lens.validation import ConfigError
 
 
-class HeadsLayout(Layout):
+class HeadsLayout(DividedLayout):
     """Each process has its heads of every Lorsa, and sees every batch as a whole."""
 
     def __init__(self) -> None:
@@ -36,7 +36,13 @@ class HeadsLayout(Layout):
                 f"parallel = 'heads': layer {cfg.layer} normalizes the queries of all heads "
                 "together, so they cannot be divided; use 'data', 'sharded' or 'layers'"
             )
-        return HeadShard(super().place(lorsa), self.members)
+        shard = HeadShard(super().place(lorsa), self.members)
+        mesh = self.mesh(shard)
+        for name, parameter in list(shard.named_parameters()):
+            placement = Replicate() if name in OF_NO_HEAD else Shard(0)
+            rows = DTensor.from_local(parameter.detach(), mesh, [placement], run_check=False)
+            setattr(shard, name, nn.Parameter(rows))
+        return shard
 
     @override
     def own_heads(self, lorsa: Lorsa) -> slice:
@@ -56,25 +62,3 @@ class HeadsLayout(Layout):
         whole = exchanged([part], part, self.world, lambda rows: self.world.gather(rows[0]))
         assert whole is not None
         return whole
-
-    @override
-    def grad_norm(self, lorsa: Lorsa) -> Tensor:
-        own = torch.zeros((), dtype=torch.float64, device=lorsa.W_O.device)
-        common = torch.zeros_like(own)
-        for name, parameter in lorsa.named_parameters():
-            if parameter.grad is not None:
-                square = torch.linalg.vector_norm(parameter.grad).double().square()
-                (common if name in OF_NO_HEAD else own).add_(square)
-        return (self.members.sum(own) + common).sqrt()
-
-    @override
-    def whole(self, name: str, tensor: Tensor) -> Tensor:
-        return all_parts(name, tensor, self.members).cpu()
-
-    @override
-    def share(self, name: str, whole: Tensor, like: Tensor) -> Tensor:
-        return own_part(name, whole, self.members)
-
-    @override
-    def collected(self, lorsa: Lorsa) -> Lorsa | None:
-        return rebuilt(self, lorsa)

@@ -35,14 +35,17 @@ def wandb(monkeypatch):
 
 
 def test_the_names_are_those_of_saelens():
-    metrics = StepMetrics(loss=0.5, fvu=0.4, l0=8.0, dead=0.25, aux_loss=0.1, grad_norm=2.0)
+    metrics = StepMetrics(
+        loss=0.5, fvu=0.4, l0=8.0, n_dead=16.0, dead=0.25, aux_loss=0.1, grad_norm=2.0
+    )
     assert named(metrics, 3) == {
         "blocks.3/losses/overall_loss": 0.5,
         "blocks.3/losses/mse_loss": 0.4,
         "blocks.3/losses/auxiliary_loss": 0.1,
         "blocks.3/metrics/explained_variance": 0.6,
         "blocks.3/metrics/l0": 8.0,
-        "blocks.3/sparsity/dead_features": 0.25,
+        "blocks.3/sparsity/dead_features": 16.0,
+        "blocks.3/sparsity/dead_fraction": 0.25,
         "blocks.3/details/grad_norm": 2.0,
     }
     without = named(metrics._replace(fvu=None), 3)
@@ -156,7 +159,7 @@ def test_the_progress_bar_shows_loss_fvu_l0_and_dead(tmp_path, capsys):
         ("loss", "losses/overall_loss", ".4f"),
         ("fvu", "losses/mse_loss", ".4f"),
         ("l0", "metrics/l0", ".1f"),
-        ("dead", "sparsity/dead_features", ".0%"),
+        ("dead", "sparsity/dead_fraction", ".0%"),
     ):
         mean = (line[f"blocks.0/{metric}"] + line[f"blocks.1/{metric}"]) / 2
         assert f"{name}={format(mean, form)}" in last

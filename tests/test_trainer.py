@@ -302,7 +302,7 @@ def test_a_run_learns_logs_and_saves(tmp_path):
     assert [line["step"] for line in lines] == [49, 99, 149, 199, 249, 299]
     assert lines[-1]["blocks.1/losses/mse_loss"] < 0.5 * lines[0]["blocks.1/losses/mse_loss"]
     assert lines[-1]["blocks.0/metrics/l0"] == pytest.approx(6)
-    assert lines[-1]["details/n_training_tokens"] == 300 * 4 * N_POS
+    assert lines[-1]["details/n_training_samples"] == 300 * 4 * N_POS
     record, counted = a_record()
     for layer, lorsa in trained.items():
         assert not lorsa.training

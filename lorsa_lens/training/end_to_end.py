@@ -138,9 +138,10 @@ def end_to_end_step(
     metrics = {}
     for layer, trainer in trainers.items():
         grad_norm = trainer.apply(step, loss_value)
-        dead = trainer.note_chosen(n_chosen[layer], n_counted)
+        n_dead = trainer.note_chosen(n_chosen[layer], n_counted)
+        dead = n_dead / len(trainer.unfired)
         l0 = n_chosen[layer].sum().item() / max(1, int(n_counted))
-        metrics[layer] = StepMetrics(loss_value, None, l0, dead, 0.0, grad_norm)
+        metrics[layer] = StepMetrics(loss_value, None, l0, n_dead, dead, 0.0, grad_norm)
     return metrics
 
 

@@ -35,6 +35,7 @@ class StepMetrics(NamedTuple):
     loss: float
     fvu: float | None
     l0: float
+    n_dead: float
     dead: float
     aux_loss: float
     grad_norm: float
@@ -97,10 +98,10 @@ class LayerTrainer:
             totals += weight * self._backward(part, weight, factors, n_chosen)
         loss, fvu, l0, aux = batch.sum(totals).tolist()
         grad_norm = self.apply(step, loss)
-        dead = self.note_chosen(n_chosen, n_counted)
+        n_dead = self.note_chosen(n_chosen, n_counted)
         if self.cfg.resample_every and (step + 1) % self.cfg.resample_every == 0:
             self._resample(parts[0], step)
-        return StepMetrics(loss, fvu, l0, dead, aux, grad_norm)
+        return StepMetrics(loss, fvu, l0, n_dead, n_dead / len(self.unfired), aux, grad_norm)
 
     def begin(self, step: int) -> None:
         """Set what depends on the step, and forget the gradients of the last one."""
@@ -128,8 +129,8 @@ class LayerTrainer:
         self.layout.agree(self.lorsa)
         return float(grad_norm)
 
-    def note_chosen(self, n_chosen: Int[Tensor, " ov_head"], n_counted: Int[Tensor, ""]) -> float:
-        """Take note of how often each head stayed in a step; returns the share of dead heads.
+    def note_chosen(self, n_chosen: Int[Tensor, " ov_head"], n_counted: Int[Tensor, ""]) -> int:
+        """Take note of how often each head stayed in a step; returns the number of dead heads.
 
         Args:
             n_chosen: at how many counted tokens each head stayed, as far as this process knows.
@@ -138,7 +139,7 @@ class LayerTrainer:
         self.layout.members.sum(n_chosen)
         self.unfired = (self.unfired + n_counted.to(n_chosen.device)).masked_fill(n_chosen > 0, 0)
         self.balance.update(n_chosen)
-        return float(self.dead.double().mean())
+        return int(self.dead.sum())
 
     def _backward(
         self,

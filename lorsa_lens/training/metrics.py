@@ -17,7 +17,7 @@ WANDB_FILE = "wandb_run.json"
 def named(metrics: StepMetrics, layer: int) -> dict[str, float]:
     """A layer's metrics under the names that SAELens users know, after the layer's.
 
-    Dead heads are given as their share. A metric that a step does not have is left out.
+    A metric that a step does not have is left out.
     """
     fvu = metrics.fvu
     values = {
@@ -26,7 +26,8 @@ def named(metrics: StepMetrics, layer: int) -> dict[str, float]:
         "losses/auxiliary_loss": metrics.aux_loss,
         "metrics/explained_variance": None if fvu is None else 1 - fvu,
         "metrics/l0": metrics.l0,
-        "sparsity/dead_features": metrics.dead,
+        "sparsity/dead_features": metrics.n_dead,
+        "sparsity/dead_fraction": metrics.dead,
         "details/grad_norm": metrics.grad_norm,
     }
     return {f"blocks.{layer}/{name}": x for name, x in values.items() if x is not None}

@@ -219,7 +219,7 @@ class Trainer:
         lr = next(iter(self.layers.values())).optimizer.param_groups[0]["lr"]
         values: dict[str, float] = {
             "details/current_learning_rate": lr,
-            "details/n_training_tokens": self.n_done * self.cfg.train_batch_size_tokens,
+            "details/n_training_samples": self.n_done * self.cfg.train_batch_size_tokens,
         }
         for layer, of_layer in metrics.items():
             values |= named(of_layer, layer)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorsa_lens.interop import Example, Graph, Link, Node, save_graph
-from lorsa_lens.interop.graph_json import cantor
+from lorsa_lens.interop import Example, Graph, Link, Node, QKTracing, save_graph
+from lorsa_lens.interop.graph_json import cantor, cumulative, graph_values
+from lorsa_lens.interop.graph_schema import check_graph, check_slug, slug_of
 
 TOKEN = Node(kind="token", pos=1, index=317, label=" Once", influence=0.9)
 HEAD = Node(kind="head", pos=2, layer=4, index=6, label="L4.6", influence=0.31, activation=1.43)
@@ -59,7 +60,7 @@ def test_the_files_are_those_of_the_schema(tmp_path):
                 "influence": 0.31, "activation": 1.43, **common,
             },
             {
-                "node_id": "0_3_2", "feature": -1, "layer": "3", "ctx_idx": 2,
+                "node_id": "error_mlp_3_2", "feature": -1, "layer": "3", "ctx_idx": 2,
                 "feature_type": "mlp reconstruction error", "token_prob": 0.0,
                 "is_target_logit": False, "jsNodeId": "3_0-2", "clerp": "", "influence": None,
                 "activation": None, **common,
@@ -73,7 +74,7 @@ def test_the_files_are_those_of_the_schema(tmp_path):
         ],
         "links": [
             {"source": "E_317_1", "target": "4_6_2", "weight": 1.61},
-            {"source": "0_3_2", "target": "4_6_2", "weight": -0.5},
+            {"source": "error_mlp_3_2", "target": "4_6_2", "weight": -0.5},
             {"source": "4_6_2", "target": "6_42_2", "weight": 0.25},
         ],
     }  # fmt: skip
@@ -149,6 +150,73 @@ def test_what_the_page_cannot_draw_is_refused(tmp_path, case):
     with pytest.raises(ValueError, match=message):
         save_graph(tmp_path / "graphs", graph(**changes))
     assert not (tmp_path / "graphs").exists()
+
+
+def test_slugs_are_made_of_any_name():
+    names = {
+        "Qwen3-1.7B": "Qwen3-1-7B",
+        "../a b/": "a-b",
+        "gpt2": "gpt2",
+        "": "graph",
+        "é": "graph",
+    }
+    assert {name: slug_of(name) for name in names} == names
+    for slug in names.values():
+        check_slug(slug)
+
+
+TRACED = {"pairs": [("a", "b", 1.0)], "queries": [("a", 0.5)], "keys": [("b", -0.5)]}
+
+
+def test_qk_tracing_stands_with_its_head():
+    traced = graph_values(graph(qk_tracing={HEAD: QKTracing(**TRACED)}))
+    check_graph(traced)
+    (results,) = [n["qk_tracing_results"] for n in traced["nodes"] if "qk_tracing_results" in n]
+    assert results == {
+        "pair_wise": [["a", "b", 1.0]],
+        "top_q_marginal": [["a", 0.5]],
+        "top_k_marginal": [["b", -0.5]],
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pairs": [("a", 1.0)]}, r"pair_wise holds \['a', 1.0\], not 2 names and a number"),
+        ({"keys": [(3, 1.0)]}, r"top_k_marginal holds \[3, 1.0\], not 1 names and a number"),
+        ({"queries": [("a", math.inf)]}, "node 4_6_2: top_q_marginal of a is inf"),
+    ],
+)
+def test_qk_tracing_that_is_none_is_refused(monkeypatch, changes, message):
+    monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=message):
+        check_graph(graph_values(graph(qk_tracing={HEAD: QKTracing(**{**TRACED, **changes})})))
+
+
+def test_every_kind_of_node_has_a_name_of_its_own():
+    kinds = [
+        Node(kind="head", pos=2, layer=0, index=3),
+        Node(kind="feature", pos=2, layer=0, index=3),
+        Node(kind="attention_head", pos=2, layer=0, index=3),
+        Node(kind="attention_head", pos=2, layer=0, index=3, source=1),
+        Node(kind="mlp", pos=2, layer=0),
+        *(Node(kind=kind, pos=2, layer=3, module=module)
+          for kind in ("bias", "error") for module in ("attn", "mlp")),
+        Node(kind="offset", pos=2, layer=3),
+        Node(kind="position", pos=2),
+        TOKEN,
+        LOGIT,
+    ]  # fmt: skip
+    values = graph_values(graph(nodes=kinds, links=[]))
+    check_graph(values)
+    assert len({(n["layer"], n["feature"], n["ctx_idx"]) for n in values["nodes"]}) == len(kinds)
+    errors = [n["node_id"] for n in values["nodes"] if "error" in n["feature_type"]]
+    assert errors == ["error_attn_3_2", "error_mlp_3_2"]
+
+
+def test_cumulative_counts_from_the_largest():
+    assert cumulative([1.0, 5.0, 0.0, 2.0]) == pytest.approx([1.0, 0.625, 1.0, 0.875])
+    assert cumulative([0.0, 0.0]) == [0.0, 0.0]
 
 
 @pytest.mark.parametrize(

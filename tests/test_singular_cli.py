@@ -78,10 +78,10 @@ def test_errors_are_said(monkeypatch, model, tmp_path):
 def test_the_ioi_example_on_a_stand_in(model, tmp_path, capsys):
     example = runpy.run_path(str(EXAMPLES / "ioi_gpt2.py"))
     names = [("w7", "w8"), ("w9", "w10")]
-    example["main"].__globals__["NAMES"] = names
+    example["compare"].__globals__["NAMES"] = names
     model.to_single_token = lambda text: int(model.to_tokens(text.strip(), prepend_bos=False)[0, 0])
-    merged = example["main"](model, "w1 {io} w2 {s} w3 {s} w4", str(tmp_path))
+    merged = example["compare"](model, "w1 {io} w2 {s} w3 {s} w4", tmp_path / "ioi.html")
     out = capsys.readouterr().out
     assert "w7 and w8" in out
-    assert "merged: precision" in out
+    assert "\nmerged " in out
     assert merged.meta["n_prompts"] == 2

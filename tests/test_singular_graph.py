@@ -120,11 +120,17 @@ def test_circuit_tracer_json(tmp_path):
     assert values["metadata"]["prompt_tokens"] == list(textbook().tokens)
     nodes = {node["node_id"]: node for node in values["nodes"]}
     assert all(link["source"] in nodes and link["target"] in nodes for link in values["links"])
-    head = nodes["head.L1.2.5.3"]
-    assert (head["feature_type"], head["layer"], head["ctx_idx"]) == ("lorsa", "1", 5)
-    assert head["influence"] == 2.5
-    assert nodes["root.5"]["is_target_logit"]
-    assert nodes["embedding.5"]["layer"] == "E"
+    head = nodes["attention_1_2_5_3"]
+    assert (head["feature_type"], head["layer"], head["ctx_idx"]) == ("attention head", "1", 5)
+    assert head["influence"] == pytest.approx(2.5 / 4)  # the strongest; all edges weigh 4
+    assert head["clerp"] == "L1.2 at 'f' from 'd'"
+    assert nodes["3_0_5"]["is_target_logit"]
+    assert nodes["E_0_5"]["layer"] == "E"
+    links = {(link["source"], link["target"]): link for link in values["links"]}
+    link = links["attention_0_0_3_2", "attention_1_2_5_3"]
+    assert (link["weight"], link["side"], link["vectors"]) == (0.8, "src", [4, 1])
+    with pytest.raises(ValueError, match="letters, digits, - and _ only"):
+        to_circuit_tracer(textbook(), slug="../x")
     with pytest.raises(ValueError, match="merged circuits have no prompt"):
         to_circuit_tracer(merge([textbook()]), slug="x")
 

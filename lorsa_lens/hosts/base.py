@@ -188,6 +188,25 @@ class Host(ABC):
         norm: nn.Module = self.block(layer).ln1
         return norm
 
+    def mlp(self, layer: int) -> nn.Module | None:
+        """The block's MLP, if it has one."""
+        return getattr(self.block(layer), "mlp", None)
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm whose output the MLP reads: a second one, or the one that attention reads.
+
+        None where it reads the stream itself (OLMo 2 normalizes after it).
+        """
+        second: nn.Module | None = getattr(self.block(layer), "ln2", None)
+        if second is None:
+            return self.norm_before(layer)
+        return None if self.mlp_post_norm(layer) is second else second
+
+    @property
+    def parallel(self) -> bool:
+        """Whether MLPs read the stream before attention writes to it, as in GPT-NeoX and GPT-J."""
+        return bool(getattr(self.model.cfg, "parallel_attn_mlp", False))
+
     @property
     def final_norm(self) -> nn.Module | None:
         """The norm before the unembedding, if there is one."""
@@ -203,6 +222,10 @@ class Host(ABC):
     @abstractmethod
     def post_norm(self, layer: int) -> nn.Module | None:
         """The module between attention and the residual stream, if there is one."""
+
+    @abstractmethod
+    def mlp_post_norm(self, layer: int) -> nn.Module | None:
+        """The module between the MLP and the residual stream, if there is one."""
 
     @abstractmethod
     def name_hooks(self, hook_points: Mapping[str, HookPoint], holder: nn.Module) -> None:

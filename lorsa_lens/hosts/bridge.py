@@ -31,15 +31,24 @@ class BridgeHost(Host):
 
     @override
     def post_norm(self, layer: int) -> nn.Module | None:
-        """The block's component whose output is `hook_attn_out`, if that is not attention."""
+        writer, component = self._writer(layer, "hook_attn_out")
+        return None if writer == "attn" else component
+
+    @override
+    def mlp_post_norm(self, layer: int) -> nn.Module | None:
+        writer, component = self._writer(layer, "hook_mlp_out")
+        return None if writer == "mlp" else component
+
+    def _writer(self, layer: int, name: str) -> tuple[str, nn.Module]:
+        """The block's component whose output is a hook point, and what it is called."""
         # By identity of the hook point: names change in compatibility mode.
-        attn_out = getattr(self.block(layer), "hook_attn_out", None)
-        for name, component in self.block(layer)._modules.items():
-            if name == "_original_component" or component is None:
+        shown = getattr(self.block(layer), name, None)
+        for writer, component in self.block(layer)._modules.items():
+            if writer == "_original_component" or component is None:
                 continue
-            if attn_out is not None and component._modules.get("hook_out") is attn_out:
-                return None if name == "attn" else component
-        raise read_bridge.unsupported(layer, "hook_attn_out is not the output of one component")
+            if shown is not None and component._modules.get("hook_out") is shown:
+                return writer, component
+        raise read_bridge.unsupported(layer, f"{name} is not the output of one component")
 
     @override
     def name_hooks(self, hook_points: Mapping[str, HookPoint], holder: nn.Module) -> None:

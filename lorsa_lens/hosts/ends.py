@@ -105,3 +105,13 @@ def _norm_before(host: Host, layer: int) -> nn.Module | None:
 def _like(host: Host) -> Tensor:
     like: Tensor = next(host.model.parameters()).detach()
     return like
+
+
+@torch.no_grad()
+def position_embeddings(host: Host, n_pos: int) -> Float[Tensor, "pos d_model"]:
+    """What learned positions add to the residual stream; zeros where positions enter elsewhere."""
+    tokens = torch.zeros((1, n_pos), dtype=torch.long, device=_like(host).device)
+    name = "blocks.0.hook_resid_pre"
+    _, cache = host.model.run_with_cache(tokens, names_filter=name)
+    added: Tensor = cache[name][0] - host.model.embed(tokens)[0]
+    return added

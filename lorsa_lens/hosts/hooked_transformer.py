@@ -51,6 +51,10 @@ class HookedTransformerHost(Host):
         return read_hooked.post_norm(self.model, layer)
 
     @override
+    def mlp_post_norm(self, layer: int) -> nn.Module | None:
+        return read_hooked.mlp_post_norm(self.model, layer)
+
+    @override
     def shows_normalized(self, layer: int) -> bool:
         block = self.block(layer)
         if hasattr(block, "hook_normalized_resid_post"):  # BERT normalizes after attention

@@ -123,6 +123,15 @@ def post_norm(model: nn.Module, layer: int) -> nn.Module | None:
     return after
 
 
+def mlp_post_norm(model: nn.Module, layer: int) -> nn.Module | None:
+    """The same for the MLP."""
+    block = _block(model, layer)
+    after: nn.Module | None = getattr(block, "ln2_post", None)
+    if after is None and _normalizes_after(block):
+        after = block.ln2
+    return after
+
+
 def _block(model: nn.Module, layer: int) -> Any:
     blocks: Any = dict(model.named_children()).get("blocks")
     if blocks is None:

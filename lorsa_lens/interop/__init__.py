@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from lorsa_lens.lazy import lazy
 
 if TYPE_CHECKING:
-    from lorsa_lens.interop.graph_json import Example, Graph, Link, Node, save_graph
+    from lorsa_lens.interop.graph_json import save_graph
+    from lorsa_lens.interop.graph_parts import Example, Graph, Link, Node, QKTracing
     from lorsa_lens.interop.llamascopium import save_llamascopium, split_signs
     from lorsa_lens.interop.saelens import as_lorsa, as_sae, at_output, load_attention_sae
     from lorsa_lens.interop.sites import to_site
@@ -18,6 +19,7 @@ __all__ = [
     "Graph",
     "Link",
     "Node",
+    "QKTracing",
     "as_lorsa",
     "as_sae",
     "at_output",
@@ -29,10 +31,11 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Example": "graph_json",
-    "Graph": "graph_json",
-    "Link": "graph_json",
-    "Node": "graph_json",
+    "Example": "graph_parts",
+    "Graph": "graph_parts",
+    "Link": "graph_parts",
+    "Node": "graph_parts",
+    "QKTracing": "graph_parts",
     "as_lorsa": "saelens",
     "as_sae": "saelens",
     "at_output": "saelens",

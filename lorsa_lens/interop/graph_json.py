@@ -8,104 +8,29 @@ an environment of its own: circuit-tracer pins other releases than ours.
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from lorsa_lens.interop.graph_parts import Example, Graph, Node
 from lorsa_lens.interop.graph_schema import check_features, check_graph
 from lorsa_lens.io.atomic import atomic_write
 from lorsa_lens.io.sources import read_json
 
-NodeKind = Literal["head", "error", "token", "logit"]
-
 FEATURE_TYPES = {
     "head": "cross layer transcoder",  # the only type whose examples their page shows
+    "feature": "cross layer transcoder",
+    "attention_head": "attention head",
+    "mlp": "mlp",
+    "bias": "bias",
+    "offset": "bias",
     "error": "mlp reconstruction error",
     "token": "embedding",
+    "position": "position",
     "logit": "logit",
 }
 
-
-@dataclass(frozen=True, kw_only=True)
-class Node:
-    """One node of a graph."""
-
-    kind: NodeKind
-    """`head` (of a Lorsa, or any feature), `error`, `token` or `logit`."""
-
-    pos: int
-    """Position in the prompt."""
-
-    layer: int = 0
-    """Of a head or an error; 0 for others."""
-
-    index: int = 0
-    """Of a head: which; of a token or a logit: its token id."""
-
-    label: str = ""
-    """For people. Of a logit: the token's string."""
-
-    influence: float | None = None
-    """Share of all influence that this node and the stronger ones have together, 0 to 1."""
-
-    activation: float | None = None
-    """Of a head."""
-
-    probability: float = 0.0
-    """Of a logit."""
-
-    is_target: bool = False
-    """Of a logit: whether the graph was traced from it."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """The direct effect of one node on another."""
-
-    source: Node
-    target: Node
-    weight: float
-    """Signed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Graph:
-    """An attribution graph of one prompt."""
-
-    slug: str
-    """Its file's name: letters, digits, `-` and `_`."""
-
-    prompt_tokens: Sequence[str]
-    """The prompt, token by token."""
-
-    n_layers: int
-    """Of the model: logits are drawn above them."""
-
-    nodes: Sequence[Node]
-    links: Sequence[Link]
-
-    node_threshold: float | None = None
-    """The share of influence that pruning kept; their page then shows a slider."""
-
-    pinned: Sequence[Node] = field(default=())
-    """Nodes that the page begins with."""
-
-    supernodes: Mapping[str, Sequence[Node]] = field(default_factory=dict)
-    """Groups of nodes by name."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Example:
-    """A context of a head: what each source token gives to its activation at one token."""
-
-    tokens: Sequence[str]
-    """The context."""
-
-    z_pattern: Sequence[float]
-    """`A[q, k] v[k]` at the shown token, over all tokens."""
-
-    query: int
-    """Which token that is."""
+FEATURES_FROM = 1_000_000
+"""MLP features are numbered from here, Lorsa heads from 0: both may be active in one layer."""
 
 
 def save_graph(
@@ -152,7 +77,7 @@ def graph_values(graph: Graph) -> dict[str, Any]:
     """The content of a graph's file."""
     metadata: dict[str, Any] = {
         "slug": graph.slug,
-        "scan": "./data/features",  # so that their server delivers `features/` of this folder
+        "scan": graph.scan,
         "transcoder_list": [],
         "prompt_tokens": list(graph.prompt_tokens),
         "prompt": "".join(graph.prompt_tokens),
@@ -160,7 +85,6 @@ def graph_values(graph: Graph) -> dict[str, Any]:
     }
     if graph.node_threshold is not None:
         metadata["node_threshold"] = graph.node_threshold
-    ids = {node: node_id(node, graph.n_layers) for node in graph.nodes}
     return {
         "metadata": metadata,
         "qParams": {
@@ -173,12 +97,13 @@ def graph_values(graph: Graph) -> dict[str, Any]:
             "clickedId": "",
             "sg_pos": "",
         },
-        "nodes": [_node_values(node, ids[node], graph) for node in graph.nodes],
+        "nodes": [_node_values(node, place, graph) for place, node in enumerate(graph.nodes)],
         "links": [
             {
                 "source": node_id(link.source, graph.n_layers),
                 "target": node_id(link.target, graph.n_layers),
                 "weight": link.weight,
+                **link.more,
             }
             for link in graph.links
         ],
@@ -216,13 +141,35 @@ def feature_values(layer: int, head: int, examples: Sequence[Example]) -> dict[s
 
 
 def node_id(node: Node, n_layers: int) -> str:
-    """A node's name in the files."""
+    """A node's name in the files.
+
+    Heads, features, tokens and logits are named as circuit-tracer names them. Its errors are not:
+    `0_{layer}_{pos}` is also the name of a head of layer 0.
+    """
+    source = "" if node.source is None else f"_{node.source}"
     return {
         "head": f"{node.layer}_{node.index}_{node.pos}",
-        "error": f"0_{node.layer}_{node.pos}",
+        "feature": f"{node.layer}_{FEATURES_FROM + node.index}_{node.pos}",
+        "attention_head": f"attention_{node.layer}_{node.index}_{node.pos}{source}",
+        "mlp": f"mlp_{node.layer}_{node.pos}",
+        "offset": f"offset_{node.layer}_{node.pos}",
+        "bias": f"bias_{node.module}_{node.layer}_{node.pos}",
+        "error": f"error_{node.module}_{node.layer}_{node.pos}",
         "token": f"E_{node.index}_{node.pos}",
+        "position": f"P_{node.pos}",
         "logit": f"{n_layers + 1}_{node.index}_{node.pos}",
     }[node.kind]
+
+
+def cumulative(sizes: Sequence[float]) -> list[float]:
+    """The share of the sum that each one and all larger ones have together: `Node.influence`."""
+    order = sorted(range(len(sizes)), key=lambda i: -sizes[i])
+    total = math.fsum(sizes) or 1.0
+    found, reached = [0.0] * len(sizes), 0.0
+    for i in order:
+        reached += sizes[i] / total
+        found[i] = min(1.0, reached)
+    return found
 
 
 def cantor(layer: int, head: int) -> int:
@@ -230,18 +177,19 @@ def cantor(layer: int, head: int) -> int:
     return (layer + head) * (layer + head + 1) // 2 + head
 
 
-def _node_values(node: Node, name: str, graph: Graph) -> dict[str, Any]:
-    layer = {"token": "E", "logit": str(graph.n_layers + 1)}.get(node.kind, str(node.layer))
-    feature = {"head": cantor(node.layer, node.index), "error": -1, "token": node.pos}
+def _node_values(node: Node, place: int, graph: Graph) -> dict[str, Any]:
+    layer = {"token": "E", "position": "E", "logit": str(graph.n_layers + 1)}.get(
+        node.kind, str(node.layer)
+    )
     label = node.label
     if node.kind == "logit":  # their page takes the label apart
         label = f'Output "{node.label}" (p={node.probability:.3f})'
-    return {
-        "node_id": name,
-        "feature": feature.get(node.kind, node.index),
+    values = {
+        "node_id": node_id(node, graph.n_layers),
+        "feature": _number(node, place),
         "layer": layer,
         "ctx_idx": node.pos,
-        "feature_type": FEATURE_TYPES[node.kind],
+        "feature_type": _feature_type(node),
         "token_prob": node.probability,
         "is_target_logit": node.is_target,
         "run_idx": 0,
@@ -251,6 +199,33 @@ def _node_values(node: Node, name: str, graph: Graph) -> dict[str, Any]:
         "influence": node.influence,
         "activation": node.activation,
     }
+    traced = graph.qk_tracing.get(node)
+    if traced is not None:
+        values["qk_tracing_results"] = {
+            "pair_wise": [list(pair) for pair in traced.pairs],
+            "top_q_marginal": [list(part) for part in traced.queries],
+            "top_k_marginal": [list(part) for part in traced.keys],
+        }
+    return values
+
+
+def _number(node: Node, place: int) -> int:
+    """The feature number: their page joins labels of nodes that share layer, position and it."""
+    numbers = {
+        "head": cantor(node.layer, node.index),
+        "feature": cantor(node.layer, FEATURES_FROM + node.index),
+        "token": node.pos,
+        "logit": node.index,
+    }
+    if node.kind == "error" and node.module == "mlp":
+        return -1
+    return numbers.get(node.kind, -2 - place)
+
+
+def _feature_type(node: Node) -> str:
+    if node.kind == "error" and node.module == "attn":
+        return "attention reconstruction error"
+    return FEATURE_TYPES[node.kind]
 
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:

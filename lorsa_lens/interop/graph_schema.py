@@ -23,6 +23,9 @@ NODE_KEYS: dict[str, tuple[type, ...]] = {
 }
 """Keys of a node, and what may stand there."""
 
+TRACING_NAMES = {"pair_wise": 2, "top_q_marginal": 1, "top_k_marginal": 1}
+"""What stands in a head's `qk_tracing_results`: how many nodes each entry names."""
+
 LOGIT_LABEL = re.compile(r'Output ".*" \(p=\d+\.\d+\)', re.DOTALL)
 """Their page splits a logit's label at `(p=`, and fails on others."""
 
@@ -34,8 +37,7 @@ def check_graph(values: Mapping[str, Any]) -> None:
         ValueError: naming the node or link and what is wrong.
     """
     metadata, nodes, links = values["metadata"], values["nodes"], values["links"]
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", metadata["slug"]):
-        raise ValueError(f"slug = {metadata['slug']!r}: letters, digits, - and _ only")
+    check_slug(metadata["slug"])
     n_tokens = len(metadata["prompt_tokens"])
     times = Counter(node["node_id"] for node in nodes)
     for node in nodes:
@@ -49,6 +51,24 @@ def check_graph(values: Mapping[str, Any]) -> None:
             if link[end] not in known:
                 raise ValueError(f"a link's {end} {link[end]} is no node of the graph")
         _check_number(link["weight"], f"the weight of {link['source']} to {link['target']}")
+    for node in nodes:
+        if "qk_tracing_results" in node:
+            _check_tracing(node["node_id"], node["qk_tracing_results"])
+
+
+def check_slug(slug: str) -> None:
+    """Refuse a graph's name that is no plain name of a file.
+
+    Raises:
+        ValueError: if it holds anything else than letters, digits, `-` and `_`.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", slug):
+        raise ValueError(f"slug = {slug!r}: letters, digits, - and _ only")
+
+
+def slug_of(name: str) -> str:
+    """A graph's name made of any text, as `Qwen3-1-7B` of `Qwen3-1.7B`."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name).strip("-") or "graph"
 
 
 def check_features(values: Mapping[str, Any]) -> None:
@@ -87,6 +107,18 @@ def _check_node(node: Mapping[str, Any], n_tokens: int) -> None:
         raise ValueError(f'node {name}: a logit is labelled Output "..." (p=0.123)')
     if node["influence"] is not None and not 0 <= node["influence"] <= 1:
         raise ValueError(f"node {name}: influence = {node['influence']} is a share, 0 to 1")
+
+
+def _check_tracing(name: str, traced: Mapping[str, Any]) -> None:
+    """`{pair_wise, top_q_marginal, top_k_marginal}`: names, then a number, in each entry."""
+    for key, n_names in TRACING_NAMES.items():
+        for entry in traced[key]:
+            *names, value = entry
+            if len(names) != n_names or not all(isinstance(one, str) for one in names):
+                raise ValueError(
+                    f"node {name}: {key} holds {entry!r}, not {n_names} names and a number"
+                )
+            _check_number(value, f"node {name}: {key} of {' and '.join(names)}")
 
 
 def _check_names(shown: Mapping[str, Any], known: set[str]) -> None:

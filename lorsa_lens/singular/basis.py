@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 Basis = Literal["singular", "rotated", "identity"]
+"""The singular vectors, a random rotation of them, or the head's own dimensions."""
 
 RECONSTRUCTION_TOLERANCE = 1e-4
 """Largest error of `U S V^T`, relative to the largest entry, before another driver is tried."""
@@ -125,3 +126,11 @@ def _numpy_svd(matrix: Tensor) -> Svd:
 
 SVD_DRIVERS: list[Callable[[Tensor], Svd]] = [_torch_svd, _numpy_svd, _transposed_svd]
 """Drivers of the SVD, in the order in which they are tried."""
+
+
+def low_rank_svd(left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> Svd:
+    """`left @ right^T = U diag(S) V^T` by way of small factors."""
+    q_left, r_left = torch.linalg.qr(left)
+    q_right, r_right = torch.linalg.qr(right)
+    U, S, Vh = checked_svd(r_left @ r_right.mT)
+    return q_left @ U, S, q_right @ Vh.mT

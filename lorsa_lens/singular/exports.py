@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lorsa_lens import interop
+from lorsa_lens.interop.graph_json import cumulative, graph_values
+from lorsa_lens.interop.graph_parts import NodeKind
+from lorsa_lens.interop.graph_schema import check_graph
 from lorsa_lens.io.atomic import atomic_write
-from lorsa_lens.singular.graph import Circuit, Edge, Node
+from lorsa_lens.singular.graph import Circuit, Node
 
 if TYPE_CHECKING:
     import networkx
@@ -54,35 +58,48 @@ def save_graphml(circuit: Circuit, path: str | Path) -> Path:
 def to_circuit_tracer(circuit: Circuit, *, slug: str, scan: str = "lorsa-lens") -> dict[str, Any]:
     """The graph as circuit-tracer's JSON: `metadata`, `qParams`, `nodes`, `links`.
 
-    Attention heads stand as nodes of feature type `lorsa`, at the context index of their
-    destination; the root as a `logit`.
+    A node's influence is made of the weights of the edges out of it. Links also hold `side` and
+    `vectors`.
 
     Args:
         circuit: of one prompt.
-        slug: the graph's name.
+        slug: the graph's name: letters, digits, `-` and `_`.
         scan: the name of the model, in its vocabulary.
 
     Raises:
-        ValueError: if it is a merged circuit, which has no prompt.
+        ValueError: if it is a merged circuit, which has no prompt, or the slug is no plain name.
     """
     if not circuit.tokens:
         raise ValueError("circuit has no tokens: merged circuits have no prompt to show")
-    influence: dict[Node, float] = {}
+    weights = dict.fromkeys(circuit.nodes, 0.0)
     for edge in circuit.edges:
-        influence[edge.up] = influence.get(edge.up, 0.0) + abs(edge.weight)
-    return {
-        "metadata": {
-            "slug": slug,
-            "scan": scan,
-            "prompt_tokens": list(circuit.tokens),
-            "prompt": "".join(circuit.tokens),
-            "schema_version": 1,
-            "info": {"generator": {"name": "lorsa-lens"}},
-        },
-        "qParams": {"pinnedIds": [], "supernodes": [], "linkType": "both", "clickedId": None},
-        "nodes": [_tracer_node(circuit, node, influence) for node in circuit.nodes],
-        "links": [_tracer_link(edge) for edge in circuit.edges],
+        weights[edge.up] += abs(edge.weight)
+    influence = cumulative(list(weights.values()))
+    shown = {
+        node: _tracer_node(circuit, node, reached)
+        for node, reached in zip(weights, influence, strict=True)
     }
+    links = [
+        interop.Link(
+            source=shown[edge.up],
+            target=shown[edge.down],
+            weight=edge.weight,
+            more={"side": edge.side, "vectors": list(edge.vectors)},
+        )
+        for edge in circuit.edges
+    ]
+    values = graph_values(
+        interop.Graph(
+            slug=slug,
+            prompt_tokens=circuit.tokens,
+            n_layers=max(node.layer for node in circuit.nodes),
+            nodes=list(shown.values()),
+            links=links,
+            scan=scan,
+        )
+    )
+    check_graph(values)
+    return values
 
 
 def save_circuit_tracer(
@@ -95,39 +112,29 @@ def save_circuit_tracer(
     return Path(path)
 
 
-_FEATURE_TYPES = {
+_KINDS: dict[str, NodeKind] = {
     "root": "logit",
-    "head": "lorsa",
-    "mlp": "mlp reconstruction error",
+    "head": "attention_head",
+    "mlp": "mlp",
     "bias": "bias",
-    "offset": "bias",
+    "offset": "offset",
+    "position": "position",
 }
 
 
-def _tracer_node(circuit: Circuit, node: Node, influence: dict[Node, float]) -> dict[str, Any]:
+def _tracer_node(circuit: Circuit, node: Node, influence: float) -> interop.Node:
     source = "" if node.src in (None, node.dest) else f" from {circuit.tokens[node.src]!r}"
-    return {
-        "node_id": node.id,
-        "feature": node.head,
-        "layer": str(node.layer) if node.kind in ("head", "mlp", "bias", "root") else "E",
-        "ctx_idx": node.dest,
-        "feature_type": _FEATURE_TYPES.get(node.kind, "embedding"),
-        "jsNodeId": node.id,
-        "clerp": f"{node.label} at {circuit.tokens[node.dest]!r}{source}",
-        "influence": influence.get(node, 0.0),
-        "activation": circuit.attention.get(node),
-        "is_target_logit": node.kind == "root",
-        "token_prob": 0.0,
-        "run_idx": 0,
-        "reverse_ctx_idx": 0,
-    }
-
-
-def _tracer_link(edge: Edge) -> dict[str, Any]:
-    return {
-        "source": edge.up.id,
-        "target": edge.down.id,
-        "weight": edge.weight,
-        "side": edge.side,
-        "vectors": list(edge.vectors),
-    }
+    label = f"{node.label} at {circuit.tokens[node.dest]!r}{source}"
+    is_root = node.kind == "root"
+    return interop.Node(
+        kind=_KINDS.get(node.kind, "token"),
+        pos=node.dest,
+        layer=node.layer,
+        index=node.head or 0,
+        source=node.src if node.kind == "head" else None,
+        module="attn",
+        label=str(circuit.meta.get("answer", "traced")) if is_root else label,
+        influence=influence,
+        activation=circuit.attention.get(node),
+        is_target=is_root,
+    )

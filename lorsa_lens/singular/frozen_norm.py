@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -23,11 +23,28 @@ class FrozenNorm:
         W = self.gain[:, None] * W
         return W - W.mean(dim=0) if self.centred else W
 
-    def share(self, y: Float[Tensor, "*rows pos d_model"]) -> Float[Tensor, "*rows pos d_model"]:
-        """The share of the output that a summand of the input has; shares and `bias` sum to it."""
+    def share(
+        self, y: Float[Tensor, "*rows at d_model"], at: Int[Tensor, " at"] | None = None
+    ) -> Float[Tensor, "*rows at d_model"]:
+        """The share of the output that a summand of the input has; shares and `bias` sum to it.
+
+        Args:
+            y: the summand.
+            at: positions of its vectors. None: every position.
+        """
         if self.centred:
             y = y - y.mean(dim=-1, keepdim=True)
-        return y * self.gain / self.scale[:, None]
+        return y * self.gain / self._scale(at)
+
+    def pull(
+        self, c: Float[Tensor, "*rows at d_model"], at: Int[Tensor, " at"] | None = None
+    ) -> Float[Tensor, "*rows at d_model"]:
+        """What reads the input as `c` reads the output: the transpose of `share`."""
+        c = c * self.gain / self._scale(at)
+        return c - c.mean(dim=-1, keepdim=True) if self.centred else c
+
+    def _scale(self, at: Tensor | None) -> Float[Tensor, "at 1"]:
+        return (self.scale if at is None else self.scale[at])[:, None]
 
 
 def no_norm(like: Float[Tensor, "pos d_model"]) -> FrozenNorm:

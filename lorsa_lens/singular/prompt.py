@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from lorsa_lens.interop.graph_schema import slug_of
 from lorsa_lens.singular.drawing import save_page
 from lorsa_lens.singular.exports import save_circuit_tracer, save_graphml
 from lorsa_lens.singular.graph import Circuit
@@ -39,12 +40,12 @@ def trace_prompt(
     if not prompt:
         raise ValueError("prompt is empty: give the text up to where the answer is said")
     tokens = host.to_tokens(prompt)
-    target = _one_token(host, "answer", answer)
+    target = one_token(host, "answer", answer)
     stream = record_stream(model, tokens)
     if wrong is None:
         seeds = probability_seeds(stream, target)
     else:
-        seeds = logit_seeds(stream, target, _one_token(host, "wrong", wrong))
+        seeds = logit_seeds(stream, target, one_token(host, "wrong", wrong))
     return trace(
         stream,
         seeds,
@@ -57,17 +58,27 @@ def trace_prompt(
 def save_all(circuit: Circuit, folder: Path, *, slug: str) -> Path:
     """Write `circuit.json`, `.graphml`, `.html` and `circuit-tracer.json`.
 
+    Args:
+        circuit: what to write.
+        folder: where to.
+        slug: what to call it: any text.
+
     Returns:
         The page.
     """
     circuit.save(folder / "circuit.json")
     save_graphml(circuit, folder / "circuit.graphml")
     if circuit.tokens:
-        save_circuit_tracer(circuit, folder / "circuit-tracer.json", slug=slug)
+        save_circuit_tracer(circuit, folder / "circuit-tracer.json", slug=slug_of(slug))
     return save_page(circuit, folder / "circuit.html", title=f"Circuit: {slug}")
 
 
-def _one_token(host: Any, name: str, text: str) -> int:
+def one_token(host: Any, name: str, text: str) -> int:
+    """The id of a text that is one token.
+
+    Raises:
+        ValueError: if it is several; `name` is the argument that gave it.
+    """
     ids = host.to_tokens(text, prepend_bos=False)[0].tolist()
     if len(ids) != 1:
         pieces = [

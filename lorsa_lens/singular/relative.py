@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 from typing_extensions import override
 
-from lorsa_lens.singular.basis import checked_svd
+from lorsa_lens.singular.basis import low_rank_svd
 from lorsa_lens.singular.components import Component, Firing
 from lorsa_lens.singular.graph import Edge, firing_node, node_of
 from lorsa_lens.singular.method import Method, n_keys
@@ -56,8 +56,8 @@ class RelativeFiring:
     @cached_property
     def bases(self) -> tuple[Float[Tensor, "d_model k"], Float[Tensor, "d_model k"]]:
         """Left vectors of `Omega_d` and right vectors of `Omega_s`, strongest first."""
-        U, _, _ = _low_rank_svd(self._left, torch.cat((self._right, self._right_bias[None])))
-        _, _, V = _low_rank_svd(torch.cat((self._left, self._left_bias[None])), self._right)
+        U, _, _ = low_rank_svd(self._left, torch.cat((self._right, self._right_bias[None])))
+        _, _, V = low_rank_svd(torch.cat((self._left, self._left_bias[None])), self._right)
         return U, V
 
     @cached_property
@@ -165,13 +165,3 @@ def above_share(values: Float[Tensor, " n"], share: float) -> list[int]:
     ordered = values.sort(descending=True).values
     cut = ordered[int((ordered.cumsum(0) > share * total).int().argmax())]
     return (values >= cut).nonzero()[:, 0].tolist()
-
-
-def _low_rank_svd(
-    left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`left @ right^T = U diag(S) V^T` by way of small factors."""
-    q_left, r_left = torch.linalg.qr(left)
-    q_right, r_right = torch.linalg.qr(right)
-    U, S, Vh = checked_svd(r_left @ r_right.mT)
-    return q_left @ U, S, q_right @ Vh.mT

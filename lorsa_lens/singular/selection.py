@@ -93,19 +93,21 @@ class Softmax:
         """The attention weight of the source."""
         return float(torch.softmax(self._scores(raw), dim=-1)[self.source])
 
-    def gradient(self, raw: Float[Tensor, " key"]) -> Float[Tensor, " key"]:
+    def gradient(
+        self, raw: Float[Tensor, " key"], *, n_steps: int = N_STEPS
+    ) -> Float[Tensor, " key"]:
         """The integral of its gradient along `alpha * raw`, alpha from 0 to 1 (trapezoid).
 
         The integrated gradient of a term `X[key]` of the raw scores is its product with this.
         """
-        steps = torch.linspace(0, 1, N_STEPS + 1, dtype=raw.dtype, device=raw.device)
+        steps = torch.linspace(0, 1, n_steps + 1, dtype=raw.dtype, device=raw.device)
         path = steps[:, None] * raw
         p = torch.softmax(self._scores(path), dim=-1)
         jacobian = -p[:, self.source, None] * p
         jacobian[:, self.source] += p[:, self.source]
         if self.cap is not None:
             jacobian = jacobian * (1 - torch.tanh(path / self.cap).square())
-        weights = torch.full_like(steps, 1 / N_STEPS)
+        weights = torch.full_like(steps, 1 / n_steps)
         weights[[0, -1]] /= 2
         return weights @ jacobian
 

@@ -43,6 +43,8 @@ class LayerStream:
     """One over the frozen scale of that norm, else 1."""
     bias_out: Float[Tensor, "pos d_model"]
     """What biases write."""
+    post_norm: FrozenNorm
+    """From what attention returns to `attn_out`; nothing is changed where there is none."""
     attn_out: Float[Tensor, "pos d_model"]
     mlp_out: Float[Tensor, "pos d_model"]
     """What the MLP writes; zeros if there is none."""
@@ -187,6 +189,7 @@ def _layer(
     W_out, b_O = weights.W_O.double(), weights.b_O.double()
     out_factor, bias_out = torch.ones_like(x[:, 0]), b_O.expand_as(x)
     attn_out, post_norm = cache[f"blocks.{layer}.hook_attn_out"], host.post_norm(layer)
+    post = no_norm(x)
     if post_norm is not None:
         post = freeze(post_norm, record.out[0].double(), attn_out)
         W_out, out_factor = _through(post, W_out), 1 / post.scale
@@ -210,6 +213,7 @@ def _layer(
         W_out=W_out,
         out_factor=out_factor,
         bias_out=bias_out,
+        post_norm=post,
         attn_out=attn_out,
         mlp_out=cache.get(f"blocks.{layer}.hook_mlp_out", torch.zeros_like(x)),
     )

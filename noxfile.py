@@ -10,7 +10,7 @@ import nox
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = False
 
-TESTS = ["pytest>=8", "pytest-xdist", "hypothesis"]
+TESTS = ["pytest>=8", "pytest-xdist", "hypothesis", "httpx2"]
 OLD = ["numpy<2", "pyarrow<26", "datasets>=4", "transformers<5"]
 MATRIX = {
     ("3.10", "2.16"): [
@@ -30,7 +30,7 @@ def suite(session: nox.Session, transformer_lens: str) -> None:
     """All tests on one generation of TransformerLens."""
     assert isinstance(session.python, str)
     pins = MATRIX[session.python, transformer_lens]
-    session.install(*TESTS, *pins, ".[analysis,datasets]")
+    session.install(*TESTS, *pins, ".[analysis,datasets,serve]")
     session.run(
         "python", "-m", "pytest", "-n", "2", *session.posargs,
         env={"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},

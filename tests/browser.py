@@ -16,7 +16,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE localhost",
+    "--host-resolver-rules=MAP * ~NOTFOUND , EXCLUDE localhost , EXCLUDE 127.0.0.1",
 )
 
 
@@ -46,6 +46,11 @@ def opened(driver, page, width=1280, height=900):
     driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     driver.get(page if isinstance(page, str) else page.as_uri())
     return driver
+
+
+def overflow(driver, width):
+    """By how many pixels the page is wider than the screen."""
+    return driver.execute_script("return document.documentElement.scrollWidth") - width
 
 
 def console(driver):

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 import zoo
-from browser import chromium, console, opened
+from browser import chromium, console, opened, overflow
 from typer.testing import CliRunner
 
 from lorsa_lens import Lorsa
@@ -216,6 +216,12 @@ def test_the_command_makes_a_site_of_a_run(tmp_path, monkeypatch):
     ]
     page = (out / "heads" / "L1.3.html").read_text()
     assert display_token(heads[3].raises[0][0]) in page
+    one = run.invoke(app, [*command, "--n-prompts", "1"])
+    assert one.exit_code == 0, one.output
+    assert (out / "prompts.html").read_text().count("<h2") == 1
+    none = run.invoke(app, [*command, "--n-prompts", "0"])
+    assert none.exit_code == 0, none.output
+    assert not (out / "prompts.html").exists()
 
 
 # --- in a browser -------------------------------------------------------------------------------
@@ -242,8 +248,7 @@ def test_pages_are_drawn_without_errors_and_fit(site, browser, width):
     for page in ("index.html", "prompts.html", "layer-1.html", "heads/L1.3.html"):
         opened(browser, site / page, width)
         assert browser.find_element("tag name", "h1").text.endswith("<b>model</b>")
-        overflow = "return document.documentElement.scrollWidth - window.innerWidth"
-        assert browser.execute_script(overflow) <= 0, page
+        assert overflow(browser, width) <= 0, page
         assert not browser.execute_script("return document.images.length")
     assert console(browser) == []
     assert len(browser.find_elements("css selector", "svg path")) == 2 * 3

@@ -411,7 +411,7 @@ def test_nothing_on_the_page_refers_to_the_network():
         Table(["a"], [[1]]),
         token_view(TOKENS, torch.ones(4)),
     )
-    own = page.replace(bundle(), "")
+    own = re.sub(r"'sha256-[^']*'", "", page.replace(bundle(), ""))
     assert len(own) < len(page) - 1_000_000
     for reference in (
         "http:",

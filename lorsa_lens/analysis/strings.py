@@ -9,10 +9,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from lorsa_lens.analysis.pieces import readable_pieces
 from lorsa_lens.hosts import host_of
-
-_SPACES = ("\u2581", "\u0120")  # how SentencePiece and byte-level BPE write a space
-_NEWLINE = "\u010a"  # how byte-level BPE writes a newline
 
 ORDERS: dict[str, tuple[str, ...]] = {
     name: tuple(words.split())
@@ -75,9 +73,8 @@ class Vocabulary:
             raise ValueError(
                 "the model has no tokenizer: give vocabulary=Vocabulary(strings of all tokens)"
             )
-        ids = range(int(cast(Any, model).cfg.d_vocab))
         return cls(
-            tuple(_readable(piece) for piece in tokenizer.convert_ids_to_tokens(list(ids))),
+            tuple(readable_pieces(tokenizer, int(cast(Any, model).cfg.d_vocab))),
             tokenizer,
             frozenset(tokenizer.all_special_ids),
             tokenizer.bos_token_id,
@@ -169,12 +166,3 @@ class Vocabulary:
             and len(string.strip()) > 1
             and string.strip().isalpha()
         ]
-
-
-def _readable(piece: str | None) -> str:
-    """A piece of a tokenizer with its spaces and newlines as such."""
-    if piece is None:
-        return ""
-    for space in _SPACES:
-        piece = piece.replace(space, " ")
-    return piece.replace(_NEWLINE, "\n").replace("<0x0A>", "\n")

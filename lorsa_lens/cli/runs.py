@@ -47,6 +47,6 @@ def read_text(model: Any, tokens: str, n_sequences: int, context_size: int) -> "
 
     sequences = packed(model, tokens, context_size)
     rows = [torch.from_numpy(context.tokens) for context in islice(sequences, n_sequences)]
-    if len(rows) < 2:
+    if len(rows) < min(2, n_sequences):
         raise ValueError(f"{tokens} has too few tokens for two sequences of {context_size}")
     return torch.stack(rows)

@@ -6,6 +6,9 @@ from lorsa_lens.dashboard.gallery import ActiveHead, Prompt
 from lorsa_lens.views.spec import escape
 from lorsa_lens.views.tokens import display_token
 
+TRY_PAGE = "try.html"
+"""Where prompts are tried, on a site that is served."""
+
 COLUMNS = {
     "head": "Head",
     "behaviours": "Behaviours",
@@ -19,17 +22,28 @@ COLUMNS = {
 }
 """The columns of the table, in the order of `table.js`."""
 
+NUMBERS = frozenset({"density", "size", "distance", "effective"})
+"""Columns of numbers, there too."""
 
-def index_html(layers: Sequence[int], has_prompts: bool) -> str:
-    """Return the table's controls and its empty body, which `table.js` fills."""
+
+def index_html(layers: Sequence[int], has_prompts: bool, served: bool) -> str:
+    """Return the table's controls and its empty body, which `table.js` fills.
+
+    Args:
+        layers: those that have an overview.
+        has_prompts: whether there is a gallery.
+        served: whether there is a page to try prompts on.
+    """
     options = "".join(f'<option value="{layer}">layer {layer}</option>' for layer in layers)
     links = [f'<a href="layer-{layer}.html">layer {layer}</a>' for layer in layers]
     links += ['<a href="prompts.html">prompts</a>'] if has_prompts else []
+    own = f'<nav><a href="{TRY_PAGE}">Try a prompt of your own, steer heads</a></nav>\n'
     titles = "".join(
-        f'<th aria-sort="none"><button type="button" data-column="{name}">{title}</button></th>'
+        f'<th aria-sort="none"{" class=number" if name in NUMBERS else ""}>'
+        f'<button type="button" data-column="{name}">{title}</button></th>'
         for name, title in COLUMNS.items()
     )
-    return f"""<nav>Overviews: {" · ".join(links)}</nav>
+    return f"""{own if served else ""}<nav>Overviews: {" · ".join(links)}</nav>
 <form id="controls" role="search">
 <label>Search <input id="query" type="search" placeholder="head, behaviour or token"></label>
 <label>Layer <select id="layer"><option value="">all</option>{options}</select></label>

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorsa_lens.dashboard.gallery import Prompt
-from lorsa_lens.dashboard.pages import gallery_html, index_html
+from lorsa_lens.dashboard.pages import TRY_PAGE, gallery_html, index_html
 from lorsa_lens.views.card import Card
 from lorsa_lens.views.facts import HeadFacts, Weighted
 from lorsa_lens.views.heads import head_card, layer_overview
@@ -31,6 +31,7 @@ def write_site(
     *,
     title: str = "Lorsa heads",
     prompts: Sequence[Prompt] = (),
+    served: bool = False,
 ) -> Path:
     """Write the site. It needs no server and no network.
 
@@ -41,6 +42,7 @@ def write_site(
         heads: any number of heads of any layers; they are taken one at a time.
         title: plain text, for example the model's name.
         prompts: for the gallery.
+        served: link to the page on which `lorsa-lens serve` lets one try prompts.
 
     Returns:
         The page to open, `index.html`.
@@ -54,7 +56,7 @@ def write_site(
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     try:
-        _write(folder, heads, title, prompts)
+        _write(folder, heads, title, prompts, served)
         folder.chmod(0o755)
         if target.exists():
             shutil.rmtree(target)
@@ -68,19 +70,21 @@ def _may_be_replaced(folder: Path) -> bool:
     return folder.is_dir() and ((folder / MARKER).is_file() or not any(folder.iterdir()))
 
 
-def _write(folder: Path, heads: Iterable[HeadFacts], title: str, prompts: Sequence[Prompt]) -> None:
+def _write(
+    folder: Path, heads: Iterable[HeadFacts], title: str, prompts: Sequence[Prompt], served: bool
+) -> None:
     rows: list[list[Any]] = []
     layers: dict[int, list[HeadFacts]] = {}
     (folder / "heads").mkdir()
     for facts in heads:
         rows.append(_row(facts))
         layers.setdefault(facts.layer, []).append(_light(facts))
-        _save(folder / "heads" / f"{facts.name}.html", _head_html(facts, title))
+        _save(folder / "heads" / f"{facts.name}.html", _head_html(facts, title, served))
     if not rows:
         raise ValueError("heads is empty: a site needs at least one head")
     script = files("lorsa_lens.dashboard").joinpath("table.js").read_text(encoding="utf-8")
     data = f"const HEADS = {script_json(rows)};\n"
-    body = index_html(sorted(layers), bool(prompts))
+    body = index_html(sorted(layers), bool(prompts), served)
     _save(folder / "index.html", document(title, [body], [data + script]))
     for layer, some in layers.items():
         _save(folder / f"layer-{layer}.html", _page(title, layer_overview(some)))
@@ -130,17 +134,21 @@ def _light(facts: HeadFacts) -> HeadFacts:
     )
 
 
-def _head_html(facts: HeadFacts, title: str) -> str:
-    links = (
-        '<nav><a href="../index.html">all heads</a> · '
-        f'<a href="../layer-{facts.layer}.html">layer {facts.layer}</a></nav>'
-    )
+def _head_html(facts: HeadFacts, title: str, served: bool) -> str:
+    targets = {"all heads": "index.html", f"layer {facts.layer}": f"layer-{facts.layer}.html"}
+    if served:
+        targets["steer it on a prompt"] = f"{TRY_PAGE}#head={facts.name}"
+    links = " · ".join(f'<a href="../{target}">{text}</a>' for text, target in targets.items())
     contexts = [
         f"<details><summary>whole text of context {number}</summary><p>"
         f"{escape(' '.join(map(display_token, excerpt.tokens)))}</p></details>"
         for number, excerpt in enumerate(facts.excerpts, start=1)
     ]
-    return document(f"{facts.name} · {title}", [links, head_card(facts).to_html(), *contexts], [])
+    return document(
+        f"{facts.name} · {title}",
+        [f"<nav>{links}</nav>", head_card(facts).to_html(), *contexts],
+        [],
+    )
 
 
 def _page(title: str, card: Card) -> str:

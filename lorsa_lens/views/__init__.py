@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from lorsa_lens.views.figures import attention_view, token_view, z_pattern_view
     from lorsa_lens.views.heads import compare_view, head_card, layer_overview
     from lorsa_lens.views.page import render, save
+    from lorsa_lens.views.plot import Plot
     from lorsa_lens.views.plots import (
         plot_behaviours,
         plot_densities,
@@ -41,6 +42,7 @@ __all__ = [
     "Figure",
     "HeadFacts",
     "Heading",
+    "Plot",
     "Scale",
     "Table",
     "Text",
@@ -73,6 +75,7 @@ _HOME = {
     "Figure": "figure",
     "HeadFacts": "facts",
     "Heading": "sections",
+    "Plot": "plot",
     "Scale": "spec",
     "Table": "sections",
     "Text": "sections",

@@ -48,7 +48,7 @@ class Bars:
     def to_html(self) -> str:
         """Return the chart and the names of its series as HTML."""
         names = [
-            f'<span style="white-space:nowrap;margin-right:1em"><span style="color:{colour}">■'
+            f'<span style="display:inline-block;margin-right:1em"><span style="color:{colour}">■'
             f"</span> {escape(name)}</span>"
             for name, colour in zip(self.series, _COLOURS, strict=False)
         ]

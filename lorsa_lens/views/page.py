@@ -2,6 +2,7 @@
 
 from base64 import b64encode
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 
 from lorsa_lens.io.atomic import atomic_write
@@ -9,11 +10,12 @@ from lorsa_lens.views.bars import Bars
 from lorsa_lens.views.bundle import bundle
 from lorsa_lens.views.card import Card
 from lorsa_lens.views.drawing import Drawing
+from lorsa_lens.views.plot import Plot
 from lorsa_lens.views.sections import Heading, Table, Text
 from lorsa_lens.views.spec import FigureSpec, HasSpec, escape
 from lorsa_lens.views.style import STYLE
 
-Static = Heading | Text | Table | Bars | Drawing | Card
+Static = Heading | Text | Table | Bars | Drawing | Card | Plot
 """Sections that need no script."""
 
 Section = Static | HasSpec
@@ -32,8 +34,8 @@ def render(*sections: Section, title: str = DEFAULT_TITLE) -> str:
     sections give equal pages.
 
     Args:
-        *sections: `Heading`, `Text`, `Table`, `Bars`, and the figures that the views return, in
-            order.
+        *sections: `Heading`, `Text`, `Table`, `Bars`, `Plot`, and the figures that the views
+            return, in order.
         title: The title of the page, plain text.
 
     Returns:
@@ -60,7 +62,8 @@ def render(*sections: Section, title: str = DEFAULT_TITLE) -> str:
     scripts: list[str] = []
     if figures:
         calls = [spec.call(_figure_id(number)) for number, spec in enumerate(figures, start=1)]
-        scripts = [bundle(), "\n" + "\n".join(calls) + "\n"]
+        keyboard = files("lorsa_lens.views").joinpath("keyboard.js").read_text(encoding="utf-8")
+        scripts = [bundle(), "\n" + "\n".join(calls) + "\n", keyboard]
     return document(title, body, scripts)
 
 
@@ -123,19 +126,24 @@ def _figure_html(spec: FigureSpec, element_id: str) -> str:
     )
 
 
-def document(title: str, body: list[str], scripts: list[str]) -> str:
+def document(
+    title: str, body: list[str], scripts: list[str], *, style: str = "", asks: bool = False
+) -> str:
     """Return a page of HTML parts. Scripts are allowed by their hash, inline handlers stay inert.
 
     Args:
         title: Plain text.
         body: HTML, in order.
         scripts: JavaScript, fit to stand in a script element.
+        style: CSS of this page alone, fit to stand in a style element.
+        asks: Whether scripts may send requests to where the page came from.
     """
     hashes = " ".join(f"'sha256-{_digest(script)}'" for script in scripts) or "'none'"
     policy = (
         f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
+    policy += "; connect-src 'self'" if asks else ""
     noscript = "<noscript><p>The figures need JavaScript.</p></noscript>" if scripts else ""
     return "\n".join(
         [
@@ -146,7 +154,7 @@ def document(title: str, body: list[str], scripts: list[str]) -> str:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
             '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<title>{escape(title)}</title>",
-            f"<style>{STYLE}</style>",
+            f"<style>{STYLE}{style}</style>",
             "</head>",
             "<body>",
             "<main>",

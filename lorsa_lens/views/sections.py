@@ -53,6 +53,8 @@ class Text:
 class Table:
     """A table. Numbers are set right-aligned, floats with four significant digits.
 
+    `print` shows it in a terminal, notebooks show it as HTML.
+
     Attributes:
         header: The column titles.
         rows: One sequence of cells per row, as long as the header.
@@ -83,16 +85,36 @@ class Table:
 
     def to_html(self) -> str:
         """Return the table as HTML."""
-        numeric = [
-            bool(self.rows) and not any(isinstance(row[column], str) for row in self.rows)
-            for column in range(len(self.header))
-        ]
-        head = "".join(map(_title_html, self.header, numeric))
+        head = "".join(map(_title_html, self.header, self._numeric))
         body = "\n".join("<tr>" + "".join(map(_cell_html, row)) + "</tr>" for row in self.rows)
         return (
             f'<div class="table"><table>\n<thead><tr>{head}</tr></thead>\n'
             f"<tbody>\n{body}\n</tbody>\n</table></div>"
         )
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def __str__(self) -> str:
+        """The table as aligned plain text."""
+        lines = [list(self.header), *([_text(cell) for cell in row] for row in self.rows)]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        columns = list(zip(self._numeric, widths, strict=True))
+        return "\n".join(
+            "  ".join(
+                cell.rjust(width) if numeric else cell.ljust(width)
+                for cell, (numeric, width) in zip(cells, columns, strict=True)
+            ).rstrip()
+            for cells in lines
+        )
+
+    @property
+    def _numeric(self) -> list[bool]:
+        """By column, whether it holds numbers only."""
+        return [
+            bool(self.rows) and not any(isinstance(row[column], str) for row in self.rows)
+            for column in range(len(self.header))
+        ]
 
 
 def _title_html(title: str, numeric: bool) -> str:
@@ -102,5 +124,8 @@ def _title_html(title: str, numeric: bool) -> str:
 def _cell_html(cell: Cell) -> str:
     if isinstance(cell, str):
         return f"<td>{escape(cell)}</td>"
-    text = f"{cell:.4g}" if isinstance(cell, float) else str(cell)
-    return f'<td class="number">{text}</td>'
+    return f'<td class="number">{_text(cell)}</td>'
+
+
+def _text(cell: Cell) -> str:
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)

@@ -24,6 +24,7 @@ COMPONENTS = frozenset(
 
 _SCRIPT_ESCAPES = {ord(char): f"\\u{ord(char):04x}" for char in "<>&\u2028\u2029"}
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_DIRECTION = re.compile("[\u202a-\u202e\u2066-\u2069]")
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,13 @@ class HasSpec(Protocol):
 
 
 def escape(text: str) -> str:
-    """Escape text for HTML, in attributes too; a lone surrogate becomes U+FFFD."""
-    return html.escape(_SURROGATE.sub("\ufffd", text), quote=True)
+    """Escape text for HTML, in attributes too.
+
+    A lone surrogate becomes U+FFFD. Marks that change the direction of writing become their
+    number (`‹U+202E›`): they would reorder what stands around the text.
+    """
+    shown = _DIRECTION.sub(lambda mark: f"\u2039U+{ord(mark[0]):04X}\u203a", text)
+    return html.escape(_SURROGATE.sub("\ufffd", shown), quote=True)
 
 
 def script_json(value: object) -> str:

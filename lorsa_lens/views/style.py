@@ -20,6 +20,7 @@ STYLE = """
 body { margin: 0; background: var(--page); color: var(--text); line-height: 1.5;
   font-family: system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { max-width: 52rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+h1, h2, h3, figcaption, q { overflow-wrap: anywhere; }
 main > h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1.5rem; }
 main > h2 { font-size: 1.25rem; margin: 2.5rem 0 .75rem; }
 main > h3 { font-size: 1.05rem; margin: 1.75rem 0 .5rem; }
@@ -39,7 +40,9 @@ main > figure > figcaption { margin-top: .5rem; font-size: .85rem; color: var(--
 .table th, .table td { padding: .35rem .75rem; border-bottom: 1px solid var(--line);
   text-align: left; vertical-align: top; }
 .table th { color: var(--soft); font-weight: 600; white-space: nowrap; }
-.table .number { text-align: right; }
+.table .number { text-align: right; white-space: nowrap; }
+.card h4 + div { cursor: pointer; }
+.card [role="button"]:focus-visible { outline: 2px solid #1c1c1c; outline-offset: 1px; }
 .table tbody tr:hover { background: var(--band); }
 .table th button { all: unset; cursor: pointer; }
 .table th button:focus-visible { outline: 2px solid; outline-offset: 2px; }
@@ -47,7 +50,10 @@ main > figure > figcaption { margin-top: .5rem; font-size: .85rem; color: var(--
 .table th[aria-sort="descending"] button::after { content: " ▼"; }
 a { color: light-dark(#0b57a4, #8ab8ff); }
 nav, form { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center; margin: 1rem 0; }
-input, select, button { font: inherit; max-width: 100%; }
+input, select, button, textarea { font: inherit; max-width: 100%; }
+button { border: 1px solid var(--line); border-radius: 4px; background: var(--band);
+  color: inherit; padding: .1rem .6rem; cursor: pointer; }
+button:disabled { color: var(--soft); cursor: default; }
 main:has(#heads) { max-width: 90rem; }
 #heads td { white-space: nowrap; max-width: 18rem; overflow: hidden; text-overflow: ellipsis; }
 details p { overflow-wrap: anywhere; }

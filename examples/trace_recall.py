@@ -8,82 +8,45 @@ written there which word came before.
     python examples/trace_recall.py
 """
 
+import argparse
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from lorsa_lens.demo.example import example_options, show
 from lorsa_lens.singular import (
+    Circuit,
+    Stream,
+    circuit_view,
+    edge_table,
     intervene,
     logit_seeds,
     random_control,
     record_stream,
-    save_page,
     sparsity,
     trace,
 )
 from lorsa_lens.testbed import RecallLanguage, load_model
 from lorsa_lens.testbed.train import RECIPES, network_config, save_model, train
+from lorsa_lens.views import Heading, Table
 
-FOLDER = Path("lorsa_trace")
+LANGUAGE = RecallLanguage()
 
+MIN_WEIGHT = 0.3
+"""Edges of at least this weight are ablated."""
 
-def main(retrain: bool = True, n_prompts: int = 6) -> dict[str, float]:
-    """Run the example; returns the numbers that it prints.
-
-    Args:
-        retrain: train the model first; else take the one that comes along.
-        n_prompts: how many prompts are traced.
-    """
-    model = trained() if retrain else load_model("recall")
-    streams, circuits = [], []
-    language = RecallLanguage()
-    for number in range(n_prompts):
-        prompt, answer = recall_prompt(seed=number)
-        stream = record_stream(model, prompt)
-        logits = stream.logits[-1].clone()
-        logits[answer] = -torch.inf
-        seeds = logit_seeds(stream, answer, int(logits.argmax()))
-        circuit = trace(stream, seeds, tokens=language.str_tokens(prompt))
-        streams.append(stream)
-        circuits.append(circuit)
-    save_page(circuits[0], FOLDER / "recall.html", title="Associative recall")
-
-    print("edges into the induction head, prompt by prompt:")
-    drops, controls, source_weights = [], [], []
-    for stream, circuit in zip(streams, circuits, strict=True):
-        for edge in circuit.edges:
-            if edge.down.kind != "head":
-                continue
-            vectors = ", ".join(map(str, edge.vectors))
-            print(
-                f"  {edge.up.id:18} -> {edge.down.id:18} through the {edge.side:4} weight "
-                f"{edge.weight:.3f} singular vectors {vectors}"
-            )
-            if edge.side == "src" and edge.up.kind == "head":
-                source_weights.append(edge.weight)
-            if edge.weight >= 0.3:
-                drops.append(change(intervene(stream, edge)))
-                random = [random_control(stream, edge, seed=seed) for seed in range(4)]
-                controls += [change(intervene(stream, control)) for control in random]
-    numbers = {
-        "weight of the source edge": mean(source_weights),
-        "attention after ablating, change": mean(drops),
-        "the same for random vectors": mean(controls),
-    }
-    for row in sparsity(streams, greedy=False):
-        numbers[f"{row.statistic}, singular"] = row.singular
-        numbers[f"{row.statistic}, rotated (null)"] = row.rotated
-    for name, value in numbers.items():
-        print(f"{name:40} {value:.3g}")
-    return numbers
+N_CONTROLS = 4
+"""Random vectors that are ablated for each edge."""
 
 
-def trained() -> object:
+def trained(folder: Path) -> Any:
     """Train the model, in less than a minute, and load it."""
-    recipe, language = RECIPES["recall"], RecallLanguage()
-    weights = train(language, recipe, show_progress=True)
-    save_model(FOLDER, "recall", weights, network_config(recipe, language), recipe)
-    return load_model("recall", folder=FOLDER)
+    recipe = RECIPES["recall"]
+    weights = train(LANGUAGE, recipe, show_progress=True)
+    save_model(folder, "recall", weights, network_config(recipe, LANGUAGE), recipe)
+    return load_model("recall", folder=folder)
 
 
 def recall_prompt(seed: int) -> tuple[torch.Tensor, int]:
@@ -95,15 +58,78 @@ def recall_prompt(seed: int) -> tuple[torch.Tensor, int]:
     return torch.cat((bos, words, words[2 * pair : 2 * pair + 1])), int(words[2 * pair + 1])
 
 
-def change(report) -> float:
+def traced(model: Any, seed: int) -> tuple[Stream, Circuit]:
+    """The circuit of one prompt: the answer's logit over that of the best other word."""
+    prompt, answer = recall_prompt(seed)
+    stream = record_stream(model, prompt)
+    logits = stream.logits[-1].clone()
+    logits[answer] = -torch.inf
+    seeds = logit_seeds(stream, answer, int(logits.argmax()))
+    return stream, trace(stream, seeds, tokens=LANGUAGE.str_tokens(prompt))
+
+
+def effects(stream: Stream, circuit: Circuit) -> tuple[list[float], list[float]]:
+    """Change of attention when strong edges into heads are ablated, and for random vectors."""
+    edges = [e for e in circuit.edges if e.down.kind == "head" and e.weight >= MIN_WEIGHT]
+    controls = [
+        random_control(stream, edge, seed=seed) for edge in edges for seed in range(N_CONTROLS)
+    ]
+    drops, nulls = (
+        [change(intervene(stream, edge)) for edge in group] for group in (edges, controls)
+    )
+    return drops, nulls
+
+
+def change(report: Any) -> float:
     """By how much the attention weight of an edge's head changed."""
     (effect,) = report.effects
-    return effect.attention_after - effect.attention_before
+    return float(effect.attention_after - effect.attention_before)
 
 
-def mean(values: list[float]) -> float:
+def mean(values: Sequence[float]) -> float:
     """The mean; NaN of nothing."""
     return sum(values) / len(values) if values else float("nan")
+
+
+def options_of(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The options of the command line."""
+    parser = example_options(__doc__, "recall")
+    parser.add_argument(
+        "--no-training", action="store_true", help="take the model that comes with the package"
+    )
+    parser.add_argument("--prompts", type=int, default=6, help="prompts to trace (default 6)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, float]:
+    """Run the example; returns the numbers that it prints."""
+    options = options_of(argv)
+    model = load_model("recall") if options.no_training else trained(options.out.parent)
+    streams, circuits = zip(*(traced(model, seed) for seed in range(options.prompts)), strict=True)
+    measured = [effects(*pair) for pair in zip(streams, circuits, strict=True)]
+    from_heads = [
+        edge.weight
+        for circuit in circuits
+        for edge in circuit.edges
+        if edge.side == "src" and edge.up.kind == edge.down.kind == "head"
+    ]
+    numbers = {
+        "weight of the source edge": mean(from_heads),
+        "attention after ablating, change": mean([drop for drops, _ in measured for drop in drops]),
+        "the same for random vectors": mean([null for _, nulls in measured for null in nulls]),
+    }
+    for row in sparsity(list(streams), greedy=False):
+        numbers[f"{row.statistic}, singular"] = row.singular
+        numbers[f"{row.statistic}, rotated (null)"] = row.rotated
+    show(
+        options.out,
+        "Associative recall",
+        Table(["", "mean"], [[name, value] for name, value in numbers.items()]),
+        Heading("The circuit of the first prompt"),
+        circuit_view(circuits[0]),
+        edge_table(circuits[0]),
+    )
+    return numbers
 
 
 if __name__ == "__main__":

@@ -126,3 +126,15 @@ class Reader:
         self.seen_at[rows, token] = position
         self.count[rows, token] += 1
         return rule, source, answer
+
+    def read_all(
+        self, position: int, token: Int[Tensor, "batch"]
+    ) -> tuple[Int[Tensor, "batch rule"], Int[Tensor, "batch rule"]]:
+        """Source and answer of each rule as if it held at ``position``; then as `read`."""
+        source = self.candidates(position)
+        rule, actual, _ = self.read(position, token)
+        source[:, DUP] = torch.where(rule == DUP, actual, -1)
+        source_token = self.history.gather(1, source.clamp(min=0))
+        by_rule = torch.arange(len(RULES))
+        answer = self.tables.answer[by_rule, source_token]
+        return source, torch.where(source >= 0, answer, -1)

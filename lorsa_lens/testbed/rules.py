@@ -110,6 +110,23 @@ class RuleLanguage:
         stacked = [torch.stack(columns, dim=1) for columns in zip(*labels, strict=True)]
         return LabelledTokens(on_cpu, *stacked).to(tokens.device)
 
+    def candidates(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> tuple[Int[Tensor, "batch pos rule"], Int[Tensor, "batch pos rule"]]:
+        """The source and the answer that each rule would have if it held at a position.
+
+        -1 where it would find no source. dup has no trigger: it has them where it holds only.
+
+        Raises:
+            ValueError: if ``tokens`` is empty or an id lies outside the vocabulary.
+        """
+        check_token_ids(tokens, len(self.vocab))
+        on_cpu = tokens.long().cpu()
+        reader = Reader(Tables.build(), *on_cpu.shape)
+        columns = [reader.read_all(at, token) for at, token in enumerate(on_cpu.unbind(dim=1))]
+        sources, answers = (torch.stack(part, dim=1) for part in zip(*columns, strict=True))
+        return sources.to(tokens.device), answers.to(tokens.device)
+
     def sample(self, n_sequences: int, *, seed: int) -> LabelledTokens:
         """Draw labelled sequences; the same seed gives the same sequences.
 

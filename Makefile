@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 # Oversubscribed threads are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint test-slow test-matrix bench testbed clean
+.PHONY: demo test lint test-slow test-matrix bench testbed docs screenshots notebooks clean
 
 demo: $(INSTALLED)  ## The main job: train, splice, measure and name heads on the testbed models.
 	$(BIN)/lorsa-lens demo
@@ -32,10 +32,20 @@ bench: $(INSTALLED)  ## A Lorsa's forward pass beside a dense one.
 testbed: $(INSTALLED)  ## Train the testbed models anew, in place of the committed weights.
 	$(BIN)/python -m lorsa_lens.testbed.train
 
+docs: $(INSTALLED)  ## The documentation, in site/. A broken link, anchor or name is an error.
+	$(BIN)/python -m website.drawings
+	PYTHONPATH=. $(BIN)/python -m zensical build --strict
+
+screenshots: $(INSTALLED)  ## The pictures of the README, photographed in Chromium.
+	$(BIN)/python docs/screenshots.py
+
+notebooks: $(INSTALLED)  ## Run the notebooks again, and keep their outputs.
+	$(BIN)/python examples/notebooks/execute.py
+
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .nox lorsa_demo
+	rm -rf $(VENV) .nox .cache lorsa_demo site

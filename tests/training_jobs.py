@@ -28,7 +28,7 @@ def run_job(folder, changes, layers):
         run(RunConfig(output_path=str(folder), layers=layers, **changes), progress=False)
         return
     tokens = load_language("induction").sample(64, seed=1).tokens[:, :24]
-    model = load_model("induction").double()
+    model = load_model("induction").to(torch.float64)
     cfg = TrainingConfig(**{**COMMON, "output_path": str(folder), **changes})
     train(model, tokens, layers, cfg, resume=True, progress=False)
 

@@ -6,6 +6,7 @@ import inspect
 import itertools
 import json
 import math
+import textwrap
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass, replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -109,7 +110,7 @@ def field_docs(config: type[Any]) -> dict[str, str]:
     for cls in reversed(config.__mro__):
         if not is_dataclass(cls):
             continue
-        (definition,) = ast.parse(inspect.cleandoc(inspect.getsource(cls))).body
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
         body = definition.body if isinstance(definition, ast.ClassDef) else []
         for field, doc in itertools.pairwise(body):
             if not (isinstance(field, ast.AnnAssign) and isinstance(doc, ast.Expr)):

@@ -158,6 +158,34 @@ def test_features_are_matched_by_decoder_and_by_activation():
         assert frame["correlation"][head] == pytest.approx(1.0, abs=1e-6)
 
 
+def test_features_of_an_sae_of_saelens():
+    """Its own `W_dec` and `encode`, against correlations of all tokens at once."""
+    saelens = pytest.importorskip("sae_lens")
+    _, lorsa, record = setting(torch.float32, n_ov_heads=16, k=4)
+    sae = saelens.StandardSAE(
+        saelens.StandardSAEConfig(d_in=zoo.D_MODEL, d_sae=24, device="cpu", dtype="float32")
+    )
+    part = record.seen_by(lorsa)
+    code = lorsa.encode(part.x, **part.context)
+    acts = torch.zeros(*part.x.shape[:2], 16).scatter_(-1, code.indices, code.values).detach()
+    # The decoder vectors of features 8 to 23 are those of the heads, the other way round.
+    with torch.no_grad():
+        sae.W_dec[8:] = -3 * lorsa.W_O
+        features = sae.encode(part.out)
+        frame = match_features(lorsa, record, sae, batch_size=4)
+    assert features.shape == (*part.x.shape[:2], 24)
+    assert frame["decoder_feature"].tolist() == list(range(8, 24))
+    assert frame["decoder_cosine"].tolist() == pytest.approx([-1.0] * 16, abs=1e-5)
+    flat = torch.cat((acts, features), -1).flatten(0, 1).T
+    expected = torch.corrcoef(flat.double())[:16, 16:].nan_to_num(0.0)
+    for head in range(16):
+        best = expected[head].max().item()
+        assert frame["correlation"][head] == pytest.approx(best, abs=1e-5)
+        if best > 0:
+            assert expected[head, frame["active_feature"][head]].item() == pytest.approx(best)
+    assert (frame["correlation"] > 0.1).sum() >= 8
+
+
 def test_what_does_not_correspond_is_refused(monkeypatch):
     model, lorsa, record = setting(torch.float32, n_ov_heads=16, k=4)
     monkeypatch.setattr("jaxtyping.config.jaxtyping_disable", True)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         find_heads,
         known_behaviours,
         named_heads,
+        operand_profiles,
     )
     from lorsa_lens.analysis.causal import head_effects, path_patch, validate
     from lorsa_lens.analysis.contexts import ContextStore, collect_contexts
@@ -44,6 +45,7 @@ _HOMES = {
     "known_behaviours": "behaviours",
     "match_features": "correspondence",
     "named_heads": "behaviours",
+    "operand_profiles": "behaviours",
     "path_patch": "causal",
     "save_table": "tables",
     "span_histogram": "correspondence",
@@ -68,6 +70,7 @@ __all__ = [
     "known_behaviours",
     "match_features",
     "named_heads",
+    "operand_profiles",
     "path_patch",
     "save_table",
     "span_histogram",

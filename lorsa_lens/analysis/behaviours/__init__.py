@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lorsa_lens.analysis.behaviours.catalogue import Behaviour, known_behaviours
     from lorsa_lens.analysis.behaviours.effects import Effect
     from lorsa_lens.analysis.behaviours.find import describe_heads, find_heads, named_heads
+    from lorsa_lens.analysis.behaviours.operands import operand_profiles
 
 _HOMES = {
     "Behaviour": "catalogue",
@@ -16,8 +17,17 @@ _HOMES = {
     "find_heads": "find",
     "known_behaviours": "catalogue",
     "named_heads": "find",
+    "operand_profiles": "operands",
 }
 
-__all__ = ["Behaviour", "Effect", "describe_heads", "find_heads", "known_behaviours", "named_heads"]
+__all__ = [
+    "Behaviour",
+    "Effect",
+    "describe_heads",
+    "find_heads",
+    "known_behaviours",
+    "named_heads",
+    "operand_profiles",
+]
 
 __getattr__, __dir__ = lazy(__name__, _HOMES)

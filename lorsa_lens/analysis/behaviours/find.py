@@ -160,7 +160,7 @@ def describe_heads(
         ValueError: for an unknown behaviour, one without prompts where there are no tokens, or a
             model without a tokenizer where `vocabulary` is None.
     """
-    chosen_lorsas = {layer: lorsa for layer, lorsa in _by_layer(model, lorsas)}
+    chosen_lorsas = dict(by_layer(model, lorsas))
     chosen = _chosen(model, behaviours, vocabulary)
     rows: list[dict[str, Any]] = []
     for texts, group in _texts(model, chosen, vocabulary, tokens, n_prompts, n_pos, seed):
@@ -183,7 +183,12 @@ def describe_heads(
     return frame.assign(p_value=corrected)
 
 
-def _by_layer(model: nn.Module, lorsas: Lorsa | Iterable[Lorsa]) -> Iterable[tuple[int, Lorsa]]:
+def by_layer(model: nn.Module, lorsas: Lorsa | Iterable[Lorsa]) -> Iterable[tuple[int, Lorsa]]:
+    """Lorsas with their layers.
+
+    Raises:
+        ValueError: unless each has a layer of its own, which the model has.
+    """
     chosen = [lorsas] if isinstance(lorsas, Lorsa) else list(lorsas)
     layers = [lorsa.cfg.layer for lorsa in chosen]
     if not chosen or len(set(layers)) < len(layers):

@@ -1,6 +1,7 @@
 """Sources that depend on what tokens mean: names, orders, letters, delimiters, topics, sums."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
@@ -66,6 +67,37 @@ def topics(tokens: Tokens, excluded: Bool[Tensor, " d_vocab"]) -> Mask:
     return mask & ~duplicate(tokens) & ~induction(tokens)
 
 
+class Sum(NamedTuple):
+    """Where `a+b=` stands in a text."""
+
+    row: int
+    equals: int
+    """Position of `=`."""
+    operands: tuple[slice, slice]
+    """Positions of `a` and of `b`."""
+    values: tuple[int, int]
+    """The two numbers."""
+
+
+def find_sums(tokens: Tokens, vocabulary: Vocabulary) -> list[Sum]:
+    """All `a+b=` in some sequences.
+
+    Args:
+        tokens: sequences.
+        vocabulary: their strings; numbers may be one token or several.
+    """
+    strings = [string.strip() for string in vocabulary.strings]
+    found = []
+    for row, sequence in enumerate(tokens.tolist()):
+        for equals in (at for at, token in enumerate(sequence) if strings[token] == "="):
+            before = [strings[token] for token in sequence[:equals]]
+            spans = _operands(before)
+            if spans is not None:
+                first, second = (int("".join(before[span])) for span in spans)
+                found.append(Sum(row, equals, spans, (first, second)))
+    return found
+
+
 def operand(tokens: Tokens, vocabulary: Vocabulary, which: int) -> Mask:
     """The tokens of an operand of `a+b=`, at the query `=`.
 
@@ -75,21 +107,17 @@ def operand(tokens: Tokens, vocabulary: Vocabulary, which: int) -> Mask:
         which: 0 for the operand before `+`, 1 for that after it.
     """
     mask = torch.zeros_like(distances(tokens), dtype=torch.bool)
-    strings = [string.strip() for string in vocabulary.strings]
-    for row, sequence in enumerate(tokens.tolist()):
-        for query in (at for at, token in enumerate(sequence) if strings[token] == "="):
-            spans = _operands([strings[token] for token in sequence[:query]])
-            if spans is not None:
-                mask[row, query, slice(*spans[which])] = True
+    for one in find_sums(tokens, vocabulary):
+        mask[one.row, one.equals, one.operands[which]] = True
     return mask
 
 
-def _operands(before: list[str]) -> tuple[tuple[int, int], tuple[int, int]] | None:
-    """Spans of the two numbers in tokens that end in `a+b`."""
+def _operands(before: list[str]) -> tuple[slice, slice] | None:
+    """Positions of the two numbers in tokens that end in `a+b`."""
 
     def number_before(stop: int) -> int:
         start = stop
-        while start > 0 and before[start - 1].isdigit():
+        while start > 0 and before[start - 1].isdecimal():
             start -= 1
         return start
 
@@ -98,7 +126,7 @@ def _operands(before: list[str]) -> tuple[tuple[int, int], tuple[int, int]] | No
     if second == len(before) or plus < 1 or before[plus] != "+":
         return None
     first = number_before(plus)
-    return None if first == plus else ((first, plus), (second, len(before)))
+    return None if first == plus else (slice(first, plus), slice(second, len(before)))
 
 
 def subtoken_induction(tokens: Tokens, vocabulary: Vocabulary) -> Mask:

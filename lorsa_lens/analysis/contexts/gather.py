@@ -16,7 +16,7 @@ from lorsa_lens.functional.selection import writing_norms
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord
 
-SITES_AT_A_TIME = 2**16
+SITES_AT_A_TIME = 2**13
 """Activations whose z patterns are held at once."""
 
 

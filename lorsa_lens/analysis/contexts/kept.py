@@ -69,8 +69,10 @@ class Kept:
         self.query = merged(self.query, query.T)
         self.activation = merged(self.activation, activation.T)
         new = (order >= n_slots) & (self.rank > -torch.inf)
-        old = order.clamp(max=n_slots - 1)[..., None].expand(-1, -1, self.z_pattern.shape[-1])
-        self.z_pattern = self.z_pattern.gather(1, old)
+        heads = torch.nonzero(new.any(1))[:, 0]  # others keep what they have, where it is
+        old = order[heads].clamp(max=n_slots - 1)[..., None]
+        rows = self.z_pattern[heads]
+        self.z_pattern[heads] = rows.gather(1, old.expand(-1, -1, rows.shape[-1]))
         self.z_pattern[new] = 0.0
         return new
 

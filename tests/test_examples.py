@@ -157,6 +157,7 @@ def test_name_tracking_says_what_to_do_without_a_model(tmp_path, monkeypatch):
 
 def test_the_heads_that_track_names(assets, tmp_path, capsys):
     """At small settings: a Lorsa that is hardly trained has the heads already."""
+    pytest.importorskip("transformers", "5", reason="the tokenizer's file is of transformers 5")
     tokens = np.load(assets / "stories260k" / "val_tokens.npy")[:64]
     np.save(tmp_path / "tokens.npy", tokens)
     page = tmp_path / "page.html"

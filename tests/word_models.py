@@ -21,7 +21,7 @@ def save_gpt2(name, folder: Path) -> Path:
     model = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.d_vocab, n_positions=config.n_ctx, n_ctx=config.n_ctx,
-            n_embd=config.d_model, n_layer=config.n_layers, n_inner=4,
+            n_embd=config.d_model, n_layer=config.n_layers, n_inner=4 * config.d_model,
             n_head=config.d_model // config.d_head,
             layer_norm_epsilon=LAYER_NORM_EPS, tie_word_embeddings=False,
             bos_token_id=0, eos_token_id=0,

@@ -1,6 +1,7 @@
 """A pass over a corpus, against the whole of it held in memory."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -62,6 +63,7 @@ def test_statistics_of_every_head(tmp_path, whole):
             layer = lorsa.cfg.layer
             acts, z = whole[layer]
             norms = lorsa.W_O.detach().norm(dim=-1)
+            assert (acts != 0).any((0, 1)).sum() > 8  # of the others there are no means
             distance = torch.arange(N_POS)[:, None] - torch.arange(N_POS)
             for head in range(16):
                 found = store.head(layer, head)
@@ -69,6 +71,11 @@ def test_statistics_of_every_head(tmp_path, whole):
                 assert found.density == pytest.approx(active.double().mean().item())
                 assert found.n_active == int(active.sum())
                 assert found.max_activation == pytest.approx(acts[..., head].abs().max().item())
+                if not active.any():
+                    assert math.isnan(found.mean_offset)
+                    assert math.isnan(found.first_token)
+                    assert found.mean_energy == 0
+                    continue
                 size = z[:, head].abs() * active[..., None]
                 expected = (size * distance).sum() / size.sum()
                 assert found.mean_offset == pytest.approx(expected.item(), rel=1e-4)

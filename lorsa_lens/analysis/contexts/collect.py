@@ -118,7 +118,11 @@ def packed(model: nn.Module, tokens: Any, context_size: int) -> Contexts:
 
 def _finished(path: Path, meta: dict[str, Any]) -> ContextStore:
     store = ContextStore(path)
-    _check_same(path, store.meta, meta)
+    try:
+        _check_same(path, store.meta, meta)
+    except ValueError:
+        store.close()
+        raise
     return store
 
 

@@ -7,13 +7,19 @@ INSTALLED := $(VENV)/.installed
 # Oversubscribed threads are slower than one.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint test-slow test-matrix bench testbed docs screenshots notebooks clean
+.PHONY: demo test browser lint test-slow test-matrix bench testbed docs screenshots notebooks clean
 
 demo: $(INSTALLED)  ## The main job: train, splice, measure and name heads on the testbed models.
 	$(BIN)/lorsa-lens demo
 
-test: $(INSTALLED) lint  ## Lint, types and all tests.
+test: $(INSTALLED) browser lint  ## Lint, types and all tests.
 	$(BIN)/python -m pytest -n 2
+
+browser:  ## Chromium, for the tests of pages: installed where Debian's packages can be, else they are skipped.
+	@command -v chromedriver > /dev/null \
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && timeout 300 apt-get -qq update \
+	&& timeout 300 apt-get -qq install -y chromium chromium-driver > /dev/null; } \
+	|| echo "No Chromium (Debian: chromium-driver): the tests of pages in a browser are skipped."
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

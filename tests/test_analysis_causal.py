@@ -72,21 +72,23 @@ def test_the_mean_and_a_number_as_values(setting):
 def test_a_path_is_the_direct_one(setting):
     """The receiver sees the stream without the sender; whatever stands between stays as it was."""
     model, lorsas, tokens = setting
-    found = path_patch(model, lorsas, tokens, sender=(0, 5), receivers=(1, [2, 7]))
+    receivers = list(range(16))
     with torch.no_grad(), splice(model, lorsas, error_term=True):
         stream, acts = "blocks.1.hook_resid_pre", ACTS.format(1)
         clean, cache = model.run_with_cache(tokens, names_filter=[stream, acts, ACTS.format(0)])
-        moved = cache[stream] - cache[ACTS.format(0)][..., 5:6] * lorsas[0].W_O[5]
+        sender = int(cache[ACTS.format(0)].square().sum((0, 1)).argmax())
+        moved = cache[stream] - cache[ACTS.format(0)][..., [sender]] * lorsas[0].W_O[sender]
+    found = path_patch(model, lorsas, tokens, sender=(0, sender), receivers=(1, receivers))
     block = model.blocks[1]
     with torch.no_grad():
         x = block.ln1(moved)
         code = lorsas[1].encode(x)
     after = torch.zeros_like(cache[acts]).scatter_(-1, code.indices, code.values)
-    change = (after - cache[acts])[..., [2, 7]]
+    change = after - cache[acts]
     torch.testing.assert_close(found.receivers, change)
     assert change.abs().max() > 1e-3
     # What it does to the logits: the receivers' change is written, and the rest follows.
-    written = torch.einsum("bsi,im->bsm", change, lorsas[1].W_O.detach()[[2, 7]])
+    written = torch.einsum("bsi,im->bsm", change, lorsas[1].W_O.detach())
     with torch.no_grad():
         attn_out = "blocks.1.hook_attn_out"
         hooked = model.run_with_hooks(tokens, fwd_hooks=[(attn_out, lambda a, hook: a + written)])

@@ -91,11 +91,15 @@ def test_a_notebook_shows_the_graph_in_a_frame(tmp_path):
     page = tmp_path / "notebook.html"
     page.write_text(f"<!doctype html><p>before</p>{view._repr_html_()}", encoding="utf-8")
     with chromium() as browser:
+        from selenium.webdriver.support.ui import WebDriverWait
+
         opened(browser, page)
         browser.switch_to.frame(0)
         assert browser.find_element("css selector", "h1").text == 'a "b"'
         texts = "return [...document.querySelectorAll('.node text')].map(t => t.textContent)"
         assert "induction" in browser.execute_script(texts)
-        browser.find_element("css selector", ".node.logit").click()
+        logit = browser.find_element("css selector", ".node.logit")
+        WebDriverWait(browser, 30).until(lambda _: logit.is_displayed())
+        logit.click()
         assert browser.find_element("css selector", "#panel h2").text.startswith("logit of")
         assert console(browser) == []

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib.metadata import version
 
 import jaxtyping
 import pytest
@@ -224,7 +225,7 @@ def test_a_run_that_is_killed_has_said_what_it_was(llama, tmp_path, monkeypatch)
     config = json.loads((run / "run_config.json").read_text())
     assert (config["model"], config["k"], config["lr"]) == (str(llama), 4, 0.003)
     environment = json.loads((run / "environment.json").read_text())
-    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["packages"]["torch"] == version("torch")
     assert environment["git"] is None or set(environment["git"]) == {"commit", "changed_files"}
     assert not (run / "README.md").exists()
     monkeypatch.undo()

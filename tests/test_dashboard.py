@@ -63,14 +63,14 @@ def subject():
 
 def test_facts_are_those_of_a_naive_reading(subject):
     model, lorsa, tokens = subject
-    heads = [3, 0, 9]
-    found = read_heads(model, lorsa, tokens, heads, n_excerpts=2, n_tokens=3, batch_size=4)
-    assert [(facts.layer, facts.head) for facts in found] == [(1, 3), (1, 0), (1, 9)]
     x = record_attention(model, tokens, [1])[1].x
     with torch.no_grad():
         code = lorsa.encode(x)
         acts = torch.zeros(*tokens.shape, 16).scatter(-1, code.indices, code.values)
         moved = lorsa.z_pattern(x, range(16))
+    heads = (acts != 0).any(1).sum(0).topk(3).indices.tolist()  # in no order
+    found = read_heads(model, lorsa, tokens, heads, n_excerpts=2, n_tokens=3, batch_size=4)
+    assert [(facts.layer, facts.head) for facts in found] == [(1, head) for head in heads]
     for facts in found:
         own = acts[..., facts.head]
         assert facts.density == pytest.approx((own != 0).double().mean().item())
@@ -211,7 +211,7 @@ def test_the_command_makes_a_site_of_a_run(tmp_path, monkeypatch):
     assert "Lorsa heads of &lt;tiny&gt;" in (out / "index.html").read_text()
     heads = list(stored_heads(model, {1: lorsa}, tmp_path / "heads"))
     rows = json.loads((tmp_path / "heads" / "correspondence.json").read_text())
-    assert [facts.origins[0] for facts in heads] == [
+    assert [facts.origins[0] for facts in heads if facts.origins] == [
         pytest.approx(row["share_0"]) for row in rows if row["share_0"] is not None
     ]
     page = (out / "heads" / "L1.3.html").read_text()

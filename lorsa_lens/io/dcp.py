@@ -39,7 +39,11 @@ _RECORDS = {
 } | {
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
-    *(("pathlib", name) for name in ("PosixPath", "WindowsPath", "PurePosixPath")),
+    *(
+        (module, name)
+        for module in ("pathlib", "pathlib._local")  # the second in Python 3.13
+        for name in ("PosixPath", "WindowsPath", "PurePosixPath")
+    ),
 }
 
 

@@ -99,9 +99,7 @@ def without_contents(model: nn.Module, device: str) -> Iterator[None]:
                     replaced.append((kind, name, tensor))
     for tensors, name, tensor in replaced:
         if id(tensor) not in own:
-            empty = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device
-            )
+            empty = _empty_like(tensor, device)
             own[id(tensor)] = (
                 nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
             )
@@ -111,3 +109,11 @@ def without_contents(model: nn.Module, device: str) -> Iterator[None]:
     finally:
         for tensors, name, tensor in replaced:
             tensors[name] = tensor
+
+
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
+    """A tensor of the same form: with its strides, unless it is a view that leaves gaps."""
+    span = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    if span != tensor.numel():
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=device)

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+APT := -qq -o Acquire::http::Timeout=20 -o Acquire::Retries=1
 
 # Oversubscribed threads are slower than one.
 export OMP_NUM_THREADS ?= 1
@@ -12,14 +13,14 @@ export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)  ## The main job: train, splice, measure and name heads on the testbed models.
 	$(BIN)/lorsa-lens demo
 
-test: $(INSTALLED) browser lint  ## Lint, types and all tests.
+test: $(INSTALLED) lint  ## Lint, types and all tests.
 	$(BIN)/python -m pytest -n 2
 
-browser:  ## Chromium, for the tests of pages: installed where Debian's packages can be, else they are skipped.
+browser:  ## Chromium, for the tests of pages in a browser, from Debian's packages; without it they are skipped.
 	@command -v chromedriver > /dev/null \
-	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && timeout 300 apt-get -qq update \
-	&& timeout 300 apt-get -qq install -y chromium chromium-driver > /dev/null; } \
-	|| echo "No Chromium (Debian: chromium-driver): the tests of pages in a browser are skipped."
+	|| { [ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null && apt-get $(APT) update \
+	&& apt-get $(APT) install -y --no-install-recommends chromium chromium-driver > /dev/null; } \
+	|| echo "No Chromium (Debian: chromium-driver), and no right to install it: its tests are skipped."
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -1,6 +1,5 @@
 """Attribution graphs as data: nodes, direct effects, JSON. No model is needed to read one."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from lorsa_lens.io.atomic import atomic_write
+from lorsa_lens.io.json_object import load_object, save_object
 
 FORMAT = "lorsa-lens/attribution-graph"
 FORMAT_VERSION = 1
@@ -299,10 +298,7 @@ class AttributionGraph:
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file, atomically."""
-        text = json.dumps(self.to_dict(), ensure_ascii=False, allow_nan=False) + "\n"
-        with atomic_write(Path(path)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        return Path(path)
+        return save_object(path, self.to_dict())
 
     @classmethod
     def load(cls, path: str | Path) -> "AttributionGraph":
@@ -311,13 +307,7 @@ class AttributionGraph:
         Raises:
             ValueError: if the file is no JSON, or no graph.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, no graph")
-        return cls.from_dict(values)
+        return cls.from_dict(load_object(path, "graph"))
 
 
 _NUMBERS = (

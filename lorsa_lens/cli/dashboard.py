@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorsa_lens.cli.options import mistakes_in_one_line
-from lorsa_lens.cli.runs import load_lorsas, read_run, read_text
+from lorsa_lens.cli.runs import Layers, Model, Tables, load_lorsas, read_run, read_text
 
 if TYPE_CHECKING:
     from lorsa_lens.lorsa import Lorsa
@@ -20,15 +20,9 @@ def dashboard(
         Path, typer.Argument(help="A run that `lorsa-lens heads` has named.", file_okay=False)
     ],
     out: Annotated[Path, typer.Option(help="Folder for the site.")],
-    tables: Annotated[
-        Path | None, typer.Option(help="Folder of `lorsa-lens heads`. Else RUN_DIR/heads.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model, where it is not at the run's path any more.")
-    ] = None,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="These layers only. Repeat the option.")
-    ] = None,
+    tables: Tables = None,
+    model: Model = None,
+    layers: Layers = None,
     excerpts: Annotated[int, typer.Option(min=0, max=16, help="Contexts per head.")] = EXCERPTS,
     n_prompts: Annotated[int, typer.Option(min=0, help="Prompts of the gallery.")] = N_PROMPTS,
     context_size: Annotated[int, typer.Option(min=8, help="Tokens per prompt.")] = CONTEXT_SIZE,

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from lorsa_lens.cli.runs import load_lorsas, read_run, read_text
+from lorsa_lens.cli.runs import Layers, Model, load_lorsas, read_run, read_text
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -21,12 +21,8 @@ def heads(
     tokens: Annotated[
         str | None, typer.Option(help="Text or token ids. Else those that the run was trained on.")
     ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model, where it is not at the run's path any more.")
-    ] = None,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="These layers only. Repeat the option.")
-    ] = None,
+    model: Model = None,
+    layers: Layers = None,
     n_sequences: Annotated[int, typer.Option(min=2, help="Sequences of text.")] = 128,
     context_size: Annotated[int, typer.Option(min=8, help="Tokens per sequence.")] = 128,
     n_prompts: Annotated[int, typer.Option(min=2, help="Prompts for each behaviour.")] = 64,

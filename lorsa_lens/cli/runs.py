@@ -2,12 +2,22 @@
 
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from lorsa_lens.lorsa import Lorsa
+
+Model = Annotated[
+    str | None, typer.Option(help="The model, where it is not at the run's path any more.")
+]
+Layers = Annotated[list[int] | None, typer.Option(help="These layers only. Repeat the option.")]
+Tables = Annotated[
+    Path | None, typer.Option(help="Folder of `lorsa-lens heads`. Else RUN_DIR/heads.")
+]
 
 
 def read_run(run_dir: Path, model: str | None, tokens: str | None) -> dict[str, Any]:

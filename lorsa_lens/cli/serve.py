@@ -8,22 +8,16 @@ import typer
 
 from lorsa_lens.cli.dashboard import write_dashboard
 from lorsa_lens.cli.options import mistakes_in_one_line
-from lorsa_lens.cli.runs import load_lorsas, read_run
+from lorsa_lens.cli.runs import Layers, Model, Tables, load_lorsas, read_run
 
 
 def serve(
     run_dir: Annotated[
         Path, typer.Argument(help="A run that `lorsa-lens train` made.", file_okay=False)
     ],
-    tables: Annotated[
-        Path | None, typer.Option(help="Folder of `lorsa-lens heads`. Else RUN_DIR/heads.")
-    ] = None,
-    model: Annotated[
-        str | None, typer.Option(help="The model, where it is not at the run's path any more.")
-    ] = None,
-    layers: Annotated[
-        list[int] | None, typer.Option(help="These layers only. Repeat the option.")
-    ] = None,
+    tables: Tables = None,
+    model: Model = None,
+    layers: Layers = None,
     port: Annotated[
         int, typer.Option(min=0, max=65535, help="Port of this machine. 0: any that is free.")
     ] = 8765,

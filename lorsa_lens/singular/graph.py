@@ -1,12 +1,11 @@
 """Circuits as data: nodes, edges, JSON."""
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lorsa_lens.io.atomic import atomic_write
+from lorsa_lens.io.json_object import load_object, save_object
 from lorsa_lens.singular.components import KINDS, Component, Firing
 from lorsa_lens.singular.read_in import Side
 
@@ -149,10 +148,7 @@ class Circuit:
 
     def save(self, path: str | Path) -> Path:
         """Write a JSON file, atomically."""
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        with atomic_write(Path(path)) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        return Path(path)
+        return save_object(path, self.to_dict(), indent=1)
 
     @classmethod
     def load(cls, path: str | Path) -> "Circuit":
@@ -161,13 +157,7 @@ class Circuit:
         Raises:
             ValueError: if the file is no JSON, or no circuit.
         """
-        try:
-            values = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise ValueError(f"{path} holds a {type(values).__name__}, no circuit")
-        return cls.from_dict(values)
+        return cls.from_dict(load_object(path, "circuit"))
 
 
 def circuit_of(

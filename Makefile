@@ -33,8 +33,8 @@ test-slow: $(INSTALLED)  ## What training reaches: minutes, and the real model o
 test-matrix: $(INSTALLED)  ## All tests on TransformerLens 2.16, 2.18, 3.9 and 4.3.
 	$(BIN)/nox
 
-bench: $(INSTALLED)  ## A Lorsa's forward pass beside a dense one.
-	$(BIN)/python -m benchmarks.forward
+bench: $(INSTALLED)  ## Lorsas beside dense recipes, all shapes, into docs/performance.md: a quarter of an hour.
+	$(BIN)/python -m benchmarks.table --write docs/performance.md
 
 testbed: $(INSTALLED)  ## Train the testbed models anew, in place of the committed weights.
 	$(BIN)/python -m lorsa_lens.testbed.train

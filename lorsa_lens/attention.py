@@ -1,12 +1,12 @@
 """The attention of a Lorsa: from the input to the activation of every head, before selection."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from einops import einsum, rearrange
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from lorsa_lens.functional.attention import (
     attend,
@@ -16,8 +16,14 @@ from lorsa_lens.functional.attention import (
 )
 from lorsa_lens.functional.masks import AttentionMask, plain_alibi_slopes
 from lorsa_lens.functional.norm import qk_rms_norm
+from lorsa_lens.functional.precision import product_dtype
+from lorsa_lens.functional.projection import project_heads, project_values
 from lorsa_lens.functional.rotary import plain_frequencies, rotary_angles, rotate
+from lorsa_lens.functional.tiles import Tiling, mix_by_tiles
 from lorsa_lens.parameters import LorsaParameters
+
+HELD = 2**20
+"""Elements of queries, keys and values that exist together where nobody looks at them."""
 
 
 class LorsaState(NamedTuple):
@@ -86,7 +92,7 @@ class LorsaAttention(LorsaParameters):
             rows = [self._scores(q, k, mask, circuits, (at, at + 1)) for at in queries]
             scores = torch.cat(rows, dim=2)
         pattern = attention_pattern(scores).to(v.dtype)
-        return einsum(pattern, v[..., list(ov_heads)], "b head q k, b k head -> b head q k")
+        return einsum(pattern, _flat(v)[..., list(ov_heads)], "b head q k, b k head -> b head q k")
 
     def queries_and_keys(
         self, x: Float[Tensor, "batch pos d_model"], **context: Any
@@ -111,7 +117,7 @@ class LorsaAttention(LorsaParameters):
         keep: Tensor | None = None,
         past: LorsaState | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, AttentionMask]:
-        """Queries, keys and values with those of the past, and who sees whom."""
+        """Queries, keys and values with those of the past, by circuit, and who sees whom."""
         cfg = self.cfg
         self._check_input("x", x)
         if qk_input is not None:
@@ -119,21 +125,15 @@ class LorsaAttention(LorsaParameters):
         n_past = 0 if past is None else past.k.shape[1]
         n_new = x.shape[1]
         source = x if qk_input is None else qk_input
-        q = self._fire(self.hook_q, self._queries(source, self.W_Q, self.b_Q))
-        k = self._fire(self.hook_k, self._queries(source, self.W_K, self.b_K))
-        v = self._fire(self.hook_values, nn.functional.linear(x, self.W_V, self.b_V))
-        if cfg.qk_norm is not None:
-            q = qk_rms_norm(q, self.q_norm, eps=cfg.qk_norm_eps, over=cfg.qk_norm)
-            k = qk_rms_norm(k, self.k_norm, eps=cfg.qk_norm_eps, over=cfg.qk_norm)
-        if cfg.rotated_dim:
-            if positions is None:
-                positions = torch.arange(n_past, n_past + n_new, device=x.device)[None]
-            cos, sin = self._angles(positions)
-            q = rotate(q, cos, sin, adjacent_pairs=cfg.rotary_adjacent_pairs)
-            k = rotate(k, cos, sin, adjacent_pairs=cfg.rotary_adjacent_pairs)
-        q, k = self._fire(self.hook_rot_q, q), self._fire(self.hook_rot_k, k)
+        angles = self._angles_of_tokens(positions, n_past, n_new)
+        q = self._looking(source, "Q", angles)
+        k = self._looking(source, "K", angles)
+        v = project_values(x, self.W_V, self.b_V, cfg.group_size)
+        if self._watched(self.hook_values):
+            v = self._by_circuit(self._fire(self.hook_values, _flat(v)))
         if past is not None:
-            k, v = torch.cat((past.k, k), dim=1), torch.cat((past.v, v), dim=1)
+            k = torch.cat((past.k, k), dim=1)
+            v = torch.cat((self._by_circuit(past.v), v), dim=1)
         mask = AttentionMask(
             n_new,
             n_past + n_new,
@@ -143,18 +143,50 @@ class LorsaAttention(LorsaParameters):
         )
         return q, k, v, mask
 
-    def _queries(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Queries or keys of all circuits by one matrix product."""
-        flat = nn.functional.linear(
-            x, rearrange(weight, "h m d -> (h d) m"), rearrange(bias, "h d -> (h d)")
-        )
-        return rearrange(flat, "b s (h d) -> b s h d", h=weight.shape[0])
+    def _by_circuit(self, values: Tensor) -> Tensor:
+        return rearrange(values, "b k (h g) -> b k h g", g=self.cfg.group_size)
 
     def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         cfg = self.cfg
         frequencies = cfg.rotary_frequencies or plain_frequencies(cfg.rotated_dim, cfg.rotary_base)
         dtype = getattr(torch, cfg.rotary_dtype)
         return rotary_angles(positions, frequencies, scale=cfg.rotary_scale, dtype=dtype)
+
+    def _angles_of_tokens(
+        self, positions: Tensor | None, n_past: int, n_new: int
+    ) -> tuple[Tensor, Tensor] | None:
+        """Angles at the new tokens' positions; None if nothing is rotated."""
+        if not self.cfg.rotated_dim:
+            return None
+        if positions is None:
+            positions = torch.arange(n_past, n_past + n_new, device=self.W_Q.device)[None]
+        return self._angles(positions)
+
+    def _looking(
+        self,
+        source: Tensor,
+        side: Literal["Q", "K"],
+        angles: tuple[Tensor, Tensor] | None,
+        heads: slice = slice(None),
+    ) -> Tensor:
+        """Queries or keys of some heads, normalized and rotated."""
+        cfg = self.cfg
+        weight, bias = getattr(self, f"W_{side}")[heads], getattr(self, f"b_{side}")[heads]
+        weight, bias = weight.to(source.dtype), bias.to(source.dtype)
+        before, after = (
+            (self.hook_q, self.hook_rot_q) if side == "Q" else (self.hook_k, self.hook_rot_k)
+        )
+        adjacent_pairs = cfg.rotary_adjacent_pairs
+        if cfg.qk_norm is None and not self._watched(before):
+            turned = project_heads(source, weight, bias, angles, adjacent_pairs=adjacent_pairs)
+            return self._fire(after, turned)
+        t = self._fire(before, project_heads(source, weight, bias))
+        if cfg.qk_norm is not None:
+            gain = (self.q_norm if side == "Q" else self.k_norm)[heads]
+            t = qk_rms_norm(t, gain, eps=cfg.qk_norm_eps, over=cfg.qk_norm)
+        if angles is not None:
+            t = rotate(t, *angles, adjacent_pairs=adjacent_pairs)
+        return self._fire(after, t)
 
     def _slopes(self) -> Tensor | None:
         cfg = self.cfg
@@ -190,20 +222,18 @@ class LorsaAttention(LorsaParameters):
             queries=queries,
         )
 
-    def _pre_activations(
-        self,
-        x: Tensor,
-        qk_input: Tensor | None = None,
-        positions: Tensor | None = None,
-        keep: Tensor | None = None,
-        past: LorsaState | None = None,
-    ) -> tuple[Tensor, LorsaState]:
+    def _pre_activations(self, x: Tensor, **context: Any) -> Tensor:
+        """Every head's z before selection, in the leanest way that is not looked into."""
+        if self._seen_by_nobody():
+            return self._fire(self.hook_acts_pre, self._acts_by_heads(x, **context))
+        return self._attended(*self._project(x, **context))
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask) -> Tensor:
         """Every head's z before selection: without patterns, unless one is looked at."""
-        q, k, v, mask = self._project(x, qk_input, positions, keep, past)
         if self._watched(self.hook_attn_scores) or self._watched(self.hook_pattern):
             scores = self._fire(self.hook_attn_scores, self._scores(q, k, mask))
             pattern = self._fire(self.hook_pattern, attention_pattern(scores).to(v.dtype))
-            acts_pre = mix_values(pattern, v)
+            acts_pre = mix_values(pattern, _flat(v))
         else:
             acts_pre = attend(
                 q,
@@ -214,4 +244,61 @@ class LorsaAttention(LorsaParameters):
                 soft_cap=self.cfg.attn_scores_soft_cap,
                 alibi_slopes=self._slopes(),
             )
-        return self._fire(self.hook_acts_pre, acts_pre), LorsaState(k, v)
+        return self._fire(self.hook_acts_pre, acts_pre)
+
+    def _seen_by_nobody(self) -> bool:
+        """Whether queries, keys, values and scores serve nothing but the activations."""
+        on_the_way = (
+            self.hook_q,
+            self.hook_k,
+            self.hook_values,
+            self.hook_rot_q,
+            self.hook_rot_k,
+            self.hook_attn_scores,
+            self.hook_pattern,
+        )
+        return not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.cfg.qk_norm == "full"
+            or any(map(self._watched, on_the_way))
+        )
+
+    def _acts_by_heads(
+        self,
+        x: Tensor,
+        qk_input: Tensor | None = None,
+        positions: Tensor | None = None,
+        keep: Tensor | None = None,
+    ) -> Tensor:
+        """Activations of a few circuits' heads at a time; the rest's queries do not exist yet."""
+        cfg = self.cfg
+        self._check_input("x", x)
+        if qk_input is not None:
+            self._check_input("qk_input", qk_input)
+        batch, n_pos, _ = x.shape
+        n_heads, group = self.W_Q.shape[0], cfg.group_size
+        acts = x.new_empty(batch, n_pos, self.W_V.shape[0])
+        angles, slopes = self._angles_of_tokens(positions, 0, n_pos), self._slopes()
+        causal = cfg.attention_dir == "causal"
+        mask = AttentionMask(n_pos, n_pos, causal=causal, window=cfg.window_size, keep=keep)
+        dtype = product_dtype(x)
+        x = x.to(dtype)
+        source = x if qk_input is None else qk_input.to(dtype)
+        step = max(1, HELD // max(1, batch * n_pos * (2 * cfg.d_qk_head + group)))
+        for start in range(0, n_heads, step):
+            heads = slice(start, min(start + step, n_heads))
+            ov_heads = slice(heads.start * group, heads.stop * group)
+            q = self._looking(source, "Q", angles, heads)
+            k = self._looking(source, "K", angles, heads)
+            weight, bias = self.W_V[ov_heads].to(dtype), self.b_V[ov_heads].to(dtype)
+            v = project_values(x, weight, bias, group)
+            slope = None if slopes is None else slopes[heads]
+            tiling = Tiling(mask, cfg.score_divisor, cfg.attn_scores_soft_cap, slope)
+            mix_by_tiles(q, k, v, tiling, acts[..., ov_heads])
+        return acts
+
+
+def _flat(v: Tensor) -> Tensor:
+    """Values by rank-1 head, not by circuit."""
+    return rearrange(v, "b k h g -> b k (h g)")

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
@@ -17,6 +18,7 @@ from lorsa_lens.functional.code import (
     keep_all,
     to_dense,
 )
+from lorsa_lens.functional.precision import native_products
 
 if TYPE_CHECKING:
     from lorsa_lens.lift import Init
@@ -91,7 +93,11 @@ class Lorsa(LorsaAttention):
         Raises:
             ValueError: if `x` is no [batch, pos, d_model] tensor.
         """
-        return self.step(x, qk_input=qk_input, positions=positions, keep=keep)[0]
+        with native_products(self.W_O.device):
+            acts = self._select(
+                self._pre_activations(x, qk_input=qk_input, positions=positions, keep=keep)
+            )
+            return self._written(acts)
 
     def step(
         self,
@@ -111,13 +117,10 @@ class Lorsa(LorsaAttention):
             keep: as in `forward`; its keys are those of `past`, then the new ones.
             past: the state that the step before returned.
         """
-        acts_pre, state = self._pre_activations(x, qk_input, positions, keep, past)
-        acts = self._select(acts_pre)
-        if isinstance(acts, Code):
-            recons = decode(acts, self.W_O)
-        else:
-            recons = decode_dense(acts, self.W_O)
-        return self._fire(self.hook_recons, self.over_heads(recons) + self.b_O), state
+        with native_products(self.W_O.device):
+            q, k, v, mask = self._project(x, qk_input, positions, keep, past)
+            out = self._written(self._select(self._attended(q, k, v, mask)))
+            return out, LorsaState(k, rearrange(v, "b k h g -> b k (h g)"))
 
     def outputs(
         self,
@@ -136,9 +139,10 @@ class Lorsa(LorsaAttention):
                 `topk`, `topk_relu` and `batchtopk`. None: they are left alone.
             **context: `qk_input`, `positions`, `keep`, as in `forward`.
         """
-        acts_pre, _ = self._pre_activations(x, **context)
-        code = self.select(acts_pre, score_factors)
-        return LorsaOutput(self.decode(code), code, acts_pre)
+        with native_products(self.W_O.device):
+            acts_pre = self._pre_activations(x, **context)
+            code = self.select(acts_pre, score_factors)
+            return LorsaOutput(self.decode(code), code, acts_pre)
 
     def encode(self, x: Float[Tensor, "batch pos d_model"], **context: Any) -> Code:
         """Which heads stay at each position, and with what activation.
@@ -147,7 +151,8 @@ class Lorsa(LorsaAttention):
             x: as in `forward`.
             **context: `qk_input`, `positions`, `keep`, as in `forward`.
         """
-        acts = self._select(self._pre_activations(x, **context)[0])
+        with native_products(self.W_O.device):
+            acts = self._select(self._pre_activations(x, **context))
         return acts if isinstance(acts, Code) else compact(acts, acts != 0)
 
     def decode(self, code: Code) -> Float[Tensor, "batch pos d_model"]:
@@ -162,6 +167,14 @@ class Lorsa(LorsaAttention):
         if not self._watched(self.hook_acts_post):
             return code
         return self._fire(self.hook_acts_post, to_dense(code, self.cfg.n_ov_heads))
+
+    def _written(self, acts: Code | Tensor) -> Tensor:
+        """What the heads that stay write, with the bias."""
+        if isinstance(acts, Code):
+            recons = decode(acts, self.W_O)
+        else:
+            recons = decode_dense(acts, self.W_O)
+        return self._fire(self.hook_recons, self.over_heads(recons) + self.b_O)
 
     def select(
         self,

@@ -119,15 +119,15 @@ class Site:
         like = self.lorsa.W_O
         x = self._normalized(call.x).to(like)
         qk_input = None if call.qk_input is None else self._normalized(call.qk_input).to(like)
-        out, state = self.lorsa.step(
-            x,
-            qk_input=qk_input,
-            positions=call.positions.to(like.device),
-            keep=None if call.keep is None else call.keep.to(like.device),
-            past=self._past(call, state_name),
-        )
-        if call.cache is not None:
-            call.cache.store(state_name, state.k, state.v, n_new=x.shape[1])
+        context = {
+            "qk_input": qk_input,
+            "positions": call.positions.to(like.device),
+            "keep": None if call.keep is None else call.keep.to(like.device),
+        }
+        if call.cache is None:
+            return cast(Tensor, self.lorsa(x, **context)).to(call.x)
+        out, state = self.lorsa.step(x, **context, past=self._past(call, state_name))
+        call.cache.store(state_name, state.k, state.v, n_new=x.shape[1])
         return out.to(call.x)
 
     def _normalized(self, x: Tensor) -> Tensor:

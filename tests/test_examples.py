@@ -92,7 +92,7 @@ def test_a_transformer_is_read_off_its_weights(tmp_path, capsys):
 
 
 def test_successor_heads_are_found(tmp_path, capsys):
-    found = run("successor_heads", "--steps", 350, "--out", tmp_path / "page.html")
+    found = run("successor_heads", "--steps", 400, "--out", tmp_path / "page.html")
     assert [successors.rule for successors in found] == ["nextnum", "nextday", "nextord"]
     for successors in found:
         assert successors.heads

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,7 @@ from lorsa_lens.functional.selection import (
     select_topk,
     writing_norms,
 )
+from lorsa_lens.functional.tiles import Tiling
 
 CPU = torch.device("cpu")
 seeds = st.integers(0, 2**32 - 1)
@@ -185,12 +187,13 @@ def test_attend_equals_the_loop_for_every_size_of_block(values, seed, rows, soft
     v = doubles(n_batch, mask.n_keys, 6).requires_grad_()
     slopes = torch.tensor([0.5, 0.1], dtype=torch.float64) if alibi else None
     options = {"divisor": 1.7, "soft_cap": soft_cap, "alibi_slopes": slopes}
-    block_elements = rows * n_batch * 2 * mask.n_keys
+    n_scores = rows * n_batch * 2 * mask.n_keys
     expected = dense_attention(q, k, v, mask, 1.7, soft_cap, slopes)
-    out = attend(q, k, v, mask, **options, block_elements=block_elements)
+    by_circuit = rearrange(v, "b k (h g) -> b k h g", h=2)
+    out = attend(q, k, by_circuit, mask, **options, n_scores=n_scores)
     torch.testing.assert_close(out, expected, rtol=1e-11, atol=1e-11)
     with torch.no_grad():
-        lean = attend(q, k, v, mask, **options, block_elements=block_elements)
+        lean = attend(q, k, by_circuit, mask, **options, n_scores=n_scores)
     torch.testing.assert_close(lean, expected, rtol=1e-11, atol=1e-11)
     whole = mix_values(attention_pattern(attention_scores(q, k, mask, **options)), v)
     torch.testing.assert_close(whole, expected, rtol=1e-11, atol=1e-11)
@@ -202,20 +205,19 @@ def test_attend_equals_the_loop_for_every_size_of_block(values, seed, rows, soft
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-10)
 
 
-def test_blocks_hold_few_scores(monkeypatch):
+def test_tiles_hold_few_scores(monkeypatch):
     sizes = []
+    score = Tiling.score
 
-    def recording(q, k, *args, **options):
-        scores = attention_scores(q, k, *args, **options)
-        sizes.append(tuple(scores.shape))
-        return scores
+    def recording(self, products, *where):
+        sizes.append(tuple(products.shape))
+        return score(self, products, *where)
 
-    monkeypatch.setattr("lorsa_lens.functional.attention.attention_scores", recording)
-    q, k, v = doubles(1, 6, 2, 4), doubles(1, 8, 2, 4), doubles(1, 8, 2)
-    with torch.no_grad():
-        attend(q, k, v, AttentionMask(6, 8, window=3), divisor=2.0, block_elements=2 * 8 * 2)
-    # two rows at a time, against the keys that they can see
-    assert sizes == [(1, 2, 2, 4)] * 3
+    monkeypatch.setattr(Tiling, "score", recording)
+    q, k, v = doubles(1, 6, 2, 4), doubles(1, 8, 2, 4), doubles(1, 8, 2, 1)
+    attend(q, k, v, AttentionMask(6, 8, window=3), divisor=2.0, n_scores=2 * 8)
+    # two rows of a head at a time, against the keys that they can see
+    assert sizes == [(1, 2, 4)] * 6
 
 
 def test_a_query_that_sees_nothing_attends_to_nothing():
@@ -224,7 +226,7 @@ def test_a_query_that_sees_nothing_attends_to_nothing():
     mask = AttentionMask(3, 3, keep=keep)
     pattern = attention_pattern(attention_scores(q, k, mask, divisor=1.0))
     assert pattern[0, 0].tolist() == [[0, 0, 0], [0, 0, 0], [0, 0, 1]]
-    out = attend(q, k, v[:, :, 0], mask, divisor=1.0)
+    out = attend(q, k, v, mask, divisor=1.0)
     assert torch.equal(out[0], torch.stack((*torch.zeros(2, 2).double(), v[0, 2, 0])))
     for grad in torch.autograd.grad(out.sum(), (q, k, v)):
         assert torch.isfinite(grad).all()
@@ -235,7 +237,7 @@ def test_scores_of_half_precision_are_float32(dtype):
     q, k = doubles(1, 3, 2, 4).to(dtype), doubles(1, 3, 2, 4).to(dtype)
     scores = attention_scores(q, k, AttentionMask(3, 3), divisor=2.0, soft_cap=5.0)
     assert scores.dtype == torch.float32
-    out = attend(q, k, doubles(1, 3, 4).to(dtype), AttentionMask(3, 3), divisor=2.0)
+    out = attend(q, k, doubles(1, 3, 2, 2).to(dtype), AttentionMask(3, 3), divisor=2.0)
     assert out.dtype == dtype
 
 

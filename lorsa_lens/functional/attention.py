@@ -7,12 +7,9 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from lorsa_lens.functional.masks import AttentionMask, alibi_bias
-
-BLOCK_ELEMENTS = 2**22
-"""Scores that `attend` holds at a time: 16 MB in float32."""
+from lorsa_lens.functional.pattern_free import mix
 
 
 def attention_scores(
@@ -80,57 +77,40 @@ def mix_values(
 def attend(
     q: Float[Tensor, "batch query head dim"],
     k: Float[Tensor, "batch key head dim"],
-    values: Float[Tensor, "batch key ov_head"],
+    v: Float[Tensor, "batch key head group"],
     mask: AttentionMask,
     *,
     divisor: float,
     soft_cap: float | None = None,
     alibi_slopes: Float[Tensor, " head"] | None = None,
-    block_elements: int = BLOCK_ELEMENTS,
+    n_scores: int | None = None,
 ) -> Float[Tensor, "batch query ov_head"]:
-    """What `mix_values(attention_pattern(attention_scores(...)), values)` gives, block by block.
+    """What `mix_values(attention_pattern(attention_scores(...)), v)` gives, tile by tile.
 
-    Blocks of queries meet only the keys that they can see, so that no [head, query, key] tensor
-    exists: memory grows with the number of keys, not with its square. Where there are several
-    blocks, the backward pass computes them again instead of storing them.
+    Queries meet only the keys that they can see, and no [head, query, key] tensor exists: memory
+    grows with the number of keys, not with its square. The backward pass makes the patterns again
+    instead of storing them, and only where there is a gradient. Slopes get none.
 
     Args:
         q: queries, rotated.
         k: keys, rotated.
-        values: values `x w_V + b_V` of every rank-1 head.
+        v: values `x w_V + b_V` of every rank-1 head, by circuit.
         mask: who sees whom.
         divisor: as in `attention_scores`.
         soft_cap: as in `attention_scores`.
         alibi_slopes: as in `attention_scores`.
-        block_elements: scores held at a time.
+        n_scores: scores held at a time. None: what suits the device.
     """
-
-    def block(q_rows: Tensor, k_seen: Tensor, v_seen: Tensor, start: int, first: int) -> Tensor:
-        scores = attention_scores(
-            q_rows,
-            k_seen,
-            mask,
-            divisor=divisor,
-            soft_cap=soft_cap,
-            alibi_slopes=alibi_slopes,
-            queries=(start, start + q_rows.shape[1]),
-            keys=(first, first + k_seen.shape[1]),
-        )
-        return mix_values(attention_pattern(scores, blind=mask.keep is not None), v_seen)
-
-    batch, n_queries, n_heads, _ = q.shape
-    rows = max(1, block_elements // max(1, batch * n_heads * mask.n_keys))
-    if rows >= n_queries:
-        return block(q, k, values, 0, 0)
-    recompute = torch.is_grad_enabled()
-    out = values.new_empty(batch, 0 if recompute else n_queries, values.shape[-1])
-    blocks = []
-    for start in range(0, n_queries, rows):
-        stop = min(start + rows, n_queries)
-        first, last = mask.key_range(start, stop)
-        inputs = (q[:, start:stop], k[:, first:last], values[:, first:last], start, first)
-        if recompute:
-            blocks.append(checkpoint(block, *inputs, use_reentrant=False))
-        else:
-            out[:, start:stop] = block(*inputs)
-    return torch.cat(blocks, dim=1) if recompute else out
+    out: Tensor = mix(
+        q,
+        k,
+        v,
+        mask.keep,
+        alibi_slopes,
+        mask.causal,
+        mask.window,
+        float(divisor),
+        soft_cap,
+        n_scores,
+    )
+    return out

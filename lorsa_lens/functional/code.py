@@ -3,10 +3,11 @@
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from lorsa_lens.functional.sparse_decode import decode_code
 
 
 class Code(NamedTuple):
@@ -33,14 +34,12 @@ def decode(code: Code, W_O: Float[Tensor, "ov_head d_model"]) -> Float[Tensor, "
     n_slots, n_ov_heads = code.values.shape[-1], W_O.shape[0]
     if 4 * n_slots >= n_ov_heads:  # hardly sparse: a dense product is faster
         return decode_dense(to_dense(code, n_ov_heads), W_O)
-    batch, pos, _ = code.values.shape
-    flat = F.embedding_bag(
-        rearrange(code.indices, "b s k -> (b s) k"),
-        W_O,
-        per_sample_weights=rearrange(code.values, "b s k -> (b s) k"),
-        mode="sum",
+    flat: Tensor = decode_code(
+        rearrange(code.values, "b s k -> (b s) k").to(W_O.dtype).contiguous(),
+        rearrange(code.indices, "b s k -> (b s) k").contiguous(),
+        W_O.contiguous(),
     )
-    return rearrange(flat, "(b s) m -> b s m", b=batch, s=pos)
+    return rearrange(flat, "(b s) m -> b s m", b=code.values.shape[0])
 
 
 def decode_dense(

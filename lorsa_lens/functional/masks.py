@@ -42,6 +42,12 @@ class AttentionMask:
         last = min(self.n_keys, self.offset + stop) if self.causal else self.n_keys
         return first, last
 
+    def first_hidden(self, queries: tuple[int, int], keys: tuple[int, int]) -> int:
+        """The first of some keys that some of the queries may not see; all see those before it."""
+        if self.window is not None or self.keep is not None:
+            return keys[0]
+        return max(keys[0], self.offset + queries[0] + 1) if self.causal else keys[1]
+
     def distances(
         self, queries: tuple[int, int], keys: tuple[int, int], device: torch.device
     ) -> Int[Tensor, "query key"]:

@@ -44,14 +44,16 @@ def rotate(
         sin: sines.
         adjacent_pairs: pairs are (0, 1), (2, 3), ... if true, else (0, pair), (1, pair + 1), ...
     """
-    n_rotated = 2 * cos.shape[-1]
+    return turn_(x.clone(), cos[:, :, None], sin[:, :, None], adjacent_pairs)
+
+
+def turn_(x: Tensor, cos: Tensor, sin: Tensor, adjacent_pairs: bool) -> Tensor:
+    """`rotate`, in place, with the head dimension wherever `cos` and `sin` have it."""
+    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
     pairs = "(pair two)" if adjacent_pairs else "(two pair)"
-    first, second = rearrange(x[..., :n_rotated], f"b s h {pairs} -> two b s h pair", two=2)
-    cos, sin = cos[:, :, None].to(x.dtype), sin[:, :, None].to(x.dtype)
-    rotated = rearrange(
-        torch.stack((first * cos - second * sin, second * cos + first * sin)),
-        f"two b s h pair -> b s h {pairs}",
-    )
-    if n_rotated == x.shape[-1]:
-        return rotated
-    return torch.cat((rotated, x[..., n_rotated:]), dim=-1)
+    by_pair = rearrange(x[..., : 2 * cos.shape[-1]], f"... {pairs} -> two ... pair", two=2)
+    first, second = by_pair[0], by_pair[1]
+    crossed = first * sin
+    first.mul_(cos).addcmul_(second, sin, value=-1)
+    second.mul_(cos).add_(crossed)
+    return x

@@ -6,11 +6,18 @@ No gradient flows through the writing norms: they decide what stays, not what it
 from typing import Any, cast
 
 import torch
-from jaxtyping import Float
+from einops import rearrange, repeat
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lorsa_lens.functional.code import Code, compact
+
+SCORES_HELD = 2**20
+"""Scores that `select_topk` holds at a time."""
+
+MEMBERS = 8
+"""Heads of a set, of which `select_topk` looks at the largest first."""
 
 
 def writing_norms(W_O: Float[Tensor, "ov_head d_model"]) -> Float[Tensor, " ov_head"]:
@@ -34,10 +41,48 @@ def select_topk(
         k: how many stay.
         positive: only positive z count, by `relu(z) * ||w_O||`.
     """
-    acts = acts.relu() if positive else acts
-    scores = acts.detach().abs().mul_(norms)
-    indices = scores.topk(k, dim=-1, sorted=False).indices
-    return Code(acts.gather(-1, indices), indices)
+    flat = rearrange(acts.detach(), "b s h -> (b s) h")
+    n_rows = max(1, SCORES_HELD // max(1, flat.shape[1]))
+    parts = [_largest(part, norms, k, positive) for part in torch.split(flat, n_rows)]
+    indices = rearrange(torch.cat(parts), "(b s) k -> b s k", b=acts.shape[0])
+    values = cast(Tensor, _Chosen.apply(acts, indices))  # type: ignore[no-untyped-call]
+    return Code(values.relu() if positive else values, indices)
+
+
+class _Chosen(torch.autograd.Function):
+    """Entries at indices that differ from each other; the gradient fills one tensor of zeros."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, acts: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.shape = acts.shape  # type: ignore[attr-defined]
+        return acts.gather(-1, indices)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, None]:
+        (grad,), (indices,) = grads, ctx.saved_tensors
+        return grad.new_zeros(ctx.shape).scatter_(-1, indices, grad), None
+
+
+def _largest(
+    acts: Float[Tensor, "token ov_head"], norms: Float[Tensor, " ov_head"], k: int, positive: bool
+) -> Int[Tensor, "token slot"]:
+    """The `k` heads of each token with the largest scores, in two exact stages.
+
+    Heads are dealt out into sets; those that are searched for lie in the `k` sets with the largest
+    maxima.
+    """
+    scores = acts * norms
+    scores = scores.clamp_(min=0) if positive else scores.abs_()
+    n_heads = scores.shape[1]
+    n_sets = n_heads // MEMBERS
+    if n_heads % MEMBERS or 2 * k * MEMBERS >= n_heads:
+        return scores.topk(k, dim=-1, sorted=False).indices
+    by_set = rearrange(scores, "t (member set) -> t member set", set=n_sets)
+    sets = by_set.amax(1).topk(k, dim=-1, sorted=False).indices
+    candidates = by_set.gather(2, repeat(sets, "t k -> t member k", member=MEMBERS))
+    best = candidates.flatten(1).topk(k, dim=-1, sorted=False).indices
+    return (best // k) * n_sets + sets.gather(1, best % k)
 
 
 def batch_threshold(

@@ -118,7 +118,7 @@ class LorsaSAE(SAE[LorsaSAEConfig]):
         # SAELens silences a dictionary by putting other modules in the place of its hook points.
         silent = not isinstance(self.hook_sae_acts_post, HookPoint)
         with self.lorsa.hooks_muted() if silent else nullcontext():
-            acts_pre = self.lorsa._pre_activations(self.process_sae_in(x))[0]
+            acts_pre = self.lorsa._pre_activations(self.process_sae_in(x))
         acts_pre = self.hook_sae_acts_pre(acts_pre)
         acts = to_dense(self.lorsa.select(acts_pre), self.cfg.d_sae)
         shown: Tensor = self.hook_sae_acts_post(acts)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         to_circuit_tracer,
         to_networkx,
     )
+    from lorsa_lens.circuits.first_order import FirstOrderEffects, first_order_effects
     from lorsa_lens.circuits.global_circuit import GlobalCircuit
     from lorsa_lens.circuits.global_page import global_sections
     from lorsa_lens.circuits.global_tables import (
@@ -82,6 +83,7 @@ _HOMES = {
     "EdgeEffects": "interventions",
     "Effects": "interventions",
     "Explanation": "prompt",
+    "FirstOrderEffects": "first_order",
     "GlobalCircuit": "global_circuit",
     "GraphPath": "paths",
     "GraphScores": "scores",
@@ -111,6 +113,7 @@ _HOMES = {
     "end_table": "global_tables",
     "explain": "prompt",
     "explain_prompt": "prompt",
+    "first_order_effects": "first_order",
     "global_sections": "global_page",
     "graph_scores": "scores",
     "graph_size": "attribution",
@@ -162,6 +165,7 @@ __all__ = [
     "EdgeEffects",
     "Effects",
     "Explanation",
+    "FirstOrderEffects",
     "GlobalCircuit",
     "GraphPath",
     "GraphScores",
@@ -191,6 +195,7 @@ __all__ = [
     "end_table",
     "explain",
     "explain_prompt",
+    "first_order_effects",
     "global_sections",
     "graph_scores",
     "graph_size",

@@ -24,13 +24,18 @@ class MLPProbe(Probe):
     def __init__(self, stage: LinearMLP | TranscoderStage, part: MLPPart) -> None:
         self.stage, self.part = stage, part
 
+    @property
+    @override
+    def writes_at(self) -> str:
+        return f"blocks.{self.stage.layer}.hook_mlp_out"
+
     @override
     def base_hooks(self) -> Hooks:
         return []
 
     @override
     def hooks(self) -> Hooks:
-        return [(f"blocks.{self.stage.layer}.hook_mlp_out", self.hook_mlp_out)]
+        return [(self.writes_at, self.hook_mlp_out)]
 
     @override
     @contextmanager

@@ -41,6 +41,11 @@ class Probe(ABC):
             self._places = {node: i for i, node in enumerate(self.stage.writers.nodes)}
         return self._places
 
+    @property
+    @abstractmethod
+    def writes_at(self) -> str:
+        """The hook point of what it writes to the stream."""
+
     @abstractmethod
     def base_hooks(self) -> Hooks:
         """Hooks that note, in a run that is exact, what may be frozen."""
@@ -82,6 +87,11 @@ class AttentionProbe(Probe):
         self.base: dict[str, Tensor] = {}
         self.seen: dict[str, Tensor] = {}
 
+    @property
+    @override
+    def writes_at(self) -> str:
+        return f"blocks.{self.stage.layer}.hook_attn_out"
+
     @override
     def base_hooks(self) -> Hooks:
         def note(name: str) -> tuple[str, Any]:
@@ -99,7 +109,7 @@ class AttentionProbe(Probe):
     def hooks(self) -> Hooks:
         names = ("hook_pattern", "hook_values", "hook_acts_pre", "hook_acts_post", "hook_recons")
         hooks: Hooks = [(self.prefix + name, getattr(self, name)) for name in names]
-        return [*hooks, (f"blocks.{self.stage.layer}.hook_attn_out", self.hook_attn_out)]
+        return [*hooks, (self.writes_at, self.hook_attn_out)]
 
     def hook_pattern(self, pattern: Tensor, hook: Any) -> Tensor:
         """Holds the pattern where it is frozen."""

@@ -100,6 +100,33 @@ class Replay:
         )
         return Measured(values, self.output.value(normalized[self.output.pos]))
 
+    def live_gradients(self) -> list[Float[Tensor, "target pos d_model"]]:
+        """Of each target, by what each stage writes to the stream, everything following."""
+        for probe in self.probes:
+            probe.begin({}, live=True, direct=False)
+        places = ["blocks.0.hook_resid_pre", *(probe.writes_at for probe in self.probes)]
+        written: dict[str, Tensor] = {}
+
+        def add_nothing(out: Tensor, hook: Any, place: str) -> Tensor:
+            del hook  # a bridge has other names
+            written[place] = torch.zeros_like(out).requires_grad_()
+            return out + written[place]
+
+        hooks = [hook for probe in self.probes for hook in probe.hooks()]
+        hooks += [(place, partial(add_nothing, place=place)) for place in places]
+        with torch.enable_grad():
+            normalized = self._forward(hooks, live=True)
+            values = self.output.value(normalized[self.output.pos])
+        inputs = [written[place] for place in places]
+        by_target = [
+            torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
+            for value in values
+        ]
+        return [
+            torch.cat([torch.zeros_like(given) if g is None else g for g in of_place]).double()
+            for given, of_place in zip(inputs, zip(*by_target, strict=True), strict=True)
+        ]
+
     # ---------------------------------------------------------------------------- how it is done
 
     @torch.no_grad()

@@ -54,7 +54,6 @@ class TranscoderCode:
         self.read, self.read_bias = self.W_enc.mT[feature], self.b_enc[feature]
         self.W_dec, self.b_dec = weights["W_dec"], weights["b_dec"]
 
-    @torch.no_grad()
     def encode(self, x: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_sae"]:
         """Activations of all features, as the transcoder computes them."""
         if not hasattr(self.transcoder, "encode"):

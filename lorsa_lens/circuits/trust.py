@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from lorsa_lens.circuits.first_order import first_order_effects
 from lorsa_lens.circuits.graph import AttributionGraph, Node
 from lorsa_lens.circuits.influence import node_influence
 from lorsa_lens.circuits.interventions import (
@@ -62,7 +63,10 @@ class TrustReport:
     edges_live: Agreement
     """Direct effects with all of these following: what freezing hides."""
     nodes_live: Agreement
-    """Effects of ablating nodes on the targets, everything after them following."""
+    """Effects of ablating nodes on the targets, everything after them following, against what the
+    frozen model predicts."""
+    nodes_first_order: Agreement
+    """The same against `first_order_effects`: what remains is curvature."""
     replacement: float
     completeness: float
 
@@ -71,6 +75,7 @@ class TrustReport:
             ("edges, frozen", self.edges_frozen),
             ("edges, live", self.edges_live),
             ("nodes, live", self.nodes_live),
+            ("first order", self.nodes_first_order),
         ]
         lines = [f"{'':14}  Pearson  same sign  largest error    n"]
         lines += [
@@ -110,10 +115,15 @@ def trust_report(
     found = [edge_effects(graph, replay, edges, live=live) for live in (False, True)]
     frozen, live = (agreement(effects.predicted, effects.measured) for effects in found)
     scores = graph_scores(graph)
+    nodes = top_units(graph, n_nodes)
+    predicted, measured = _ablations(replacement, replay, nodes)
+    followed = first_order_effects(replay)
+    to_first_order = torch.tensor([followed.of(node) for node in nodes], dtype=predicted.dtype)
     return TrustReport(
         edges_frozen=frozen,
         edges_live=live,
-        nodes_live=agreement(*_ablations(replacement, replay, top_units(graph, n_nodes))),
+        nodes_live=agreement(predicted, measured),
+        nodes_first_order=agreement(to_first_order, measured),
         replacement=scores.replacement,
         completeness=scores.completeness,
     )

@@ -13,7 +13,7 @@ export OMP_NUM_THREADS ?= 1
 demo: $(INSTALLED)  ## The main job: train, splice, measure and name heads on the testbed models.
 	$(BIN)/lorsa-lens demo
 
-test: $(INSTALLED) lint  ## Lint, types and all tests.
+test: $(INSTALLED) lint browser  ## Lint, types and all tests, those of pages in Chromium.
 	$(BIN)/python -m pytest -n 2
 
 browser:  ## Chromium, for the tests of pages in a browser, from Debian's packages; without it they are skipped.

@@ -23,10 +23,10 @@ from lorsa_lens import Lorsa
 from lorsa_lens.analysis import (
     Behaviour,
     Vocabulary,
+    carrying_heads,
     describe_heads,
     head_effects,
     known_behaviours,
-    named_heads,
     validate,
 )
 from lorsa_lens.analysis.causal import Validation
@@ -91,12 +91,12 @@ def trained_lorsa(subject: Subject, layer: int, options: Any) -> Lorsa:
 def find(
     model: Any, lorsa: Lorsa, behaviour: Behaviour, tokens: Int[Tensor, "batch pos"]
 ) -> tuple[int, list[int]]:
-    """The attention head with the highest score, and all Lorsa heads that have the behaviour."""
+    """The attention head with the highest score, and as many Lorsa heads as it has dimensions."""
     frame = describe_heads(model, lorsa, tokens, behaviours=[behaviour])
     attention = frame[frame["kind"] == "attention"]
     best = int(attention.loc[attention["score"].idxmax(), "head"])
-    named = named_heads(frame)
-    return best, named[named["kind"] == "ov"]["head"].tolist()
+    n_heads = Lorsa.from_attention(model, lorsa.cfg.layer or 0).cfg.group_size
+    return best, carrying_heads(frame, n_heads)["head"].tolist()
 
 
 def attention_cost(

@@ -3,6 +3,7 @@
 import functools
 from math import comb
 
+import pandas as pd
 import planted
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lorsa_lens import Lorsa
 from lorsa_lens.analysis.behaviours import (
     Behaviour,
     Effect,
+    carrying_heads,
     describe_heads,
     find_heads,
     known_behaviours,
@@ -388,3 +390,27 @@ def test_random_models_have_none():
         lorsa = Lorsa.from_attention(model, 1, n_qk_heads=3, n_ov_heads=120, k=4)
         found = find_heads(model, lorsa, "induction", vocabulary=CYCLIC, n_pos=40)
         assert len(found) == 0
+
+
+def test_the_heads_that_carry_most_come_first():
+    def row(behaviour, kind, head, score, strength, p_value=0.001, attended=0.5):
+        names = ("behaviour", "kind", "head", "score", "strength", "p_value", "attended")
+        values = (behaviour, kind, head, score, strength, p_value, attended)
+        return dict(zip(names, values, strict=True))
+
+    frame = pd.DataFrame(
+        [
+            row("a", "ov", 0, 0.9, 1.0),
+            row("a", "ov", 1, 0.3, 9.0),  # does other things too, but carries three times as much
+            row("a", "ov", 2, 0.9, 50.0, p_value=0.5),  # chance
+            row("a", "ov", 3, 0.9, 50.0, attended=0.0),  # no attention head looks there
+            row("a", "ov", 4, 0.5, 1.0),
+            row("a", "qk", 5, 0.9, 50.0),
+            row("b", "ov", 0, 0.5, 1.0),
+        ]
+    )
+    found = carrying_heads(frame, 2)
+    assert [*zip(found["behaviour"], found["head"], strict=True)] == [("a", 1), ("a", 0), ("b", 0)]
+    assert carrying_heads(frame, 1, kind="qk")["head"].tolist() == [5]
+    with pytest.raises(ValueError, match="n = 0 must be positive"):
+        carrying_heads(frame, 0)

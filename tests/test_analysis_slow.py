@@ -15,7 +15,12 @@ import zoo
 from test_analysis_behaviours import CYCLIC, needs_hooked, random_model
 
 from lorsa_lens import Lorsa
-from lorsa_lens.analysis.behaviours import describe_heads, find_heads, known_behaviours
+from lorsa_lens.analysis.behaviours import (
+    carrying_heads,
+    describe_heads,
+    find_heads,
+    known_behaviours,
+)
 from lorsa_lens.analysis.causal import head_effects, validate
 from lorsa_lens.analysis.contexts import collect_contexts
 from lorsa_lens.analysis.strings import Vocabulary
@@ -65,9 +70,11 @@ def stories(assets):
 def test_the_heads_that_track_names(stories, record_property):
     """Found by score; switched off, they cost most of what L2H6 does where a name is due."""
     model, lorsas, folder = stories
-    tokens = torch.from_numpy(np.load(folder / "val_tokens.npy").astype(np.int64))[:192, :256]
+    texts = torch.from_numpy(np.load(folder / "val_tokens.npy").astype(np.int64))[:288, :256]
     behaviour = known_behaviours(Vocabulary.of(model))["name mover"]
-    heads = find_heads(model, lorsas[2], behaviour, tokens[:96])["head"].tolist()
+    frame = describe_heads(model, lorsas[2], texts[:96], behaviours=[behaviour])
+    # as many as L2H6 has dimensions; measured on text that they were not found on
+    heads, tokens = carrying_heads(frame, 8)["head"].tolist(), texts[96:]
     due = torch.nn.functional.pad(behaviour.sources(tokens).any(-1)[:, :-1], (0, 1))
     found = validate(model, lorsas[2], heads, due, tokens, n_random=5)
     # The exact lift has L2H6 as heads 48 to 55.
@@ -76,7 +83,7 @@ def test_the_heads_that_track_names(stories, record_property):
     own = list(range(6 * size, 7 * size))
     whole = head_effects(model, exact, tokens, {2: own}, to="mean").cost[due[:, :-1]].mean().item()
     record_property("cost of the heads, of L2H6, of random heads", (found.cost, whole, found))
-    assert whole == pytest.approx(1.12, abs=0.1)
+    assert whole == pytest.approx(1.15, abs=0.1)
     assert found.random_cost <= 0.1 * whole
     assert found.cost >= 0.8 * whole
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lorsa_lens.analysis.attribution import Attribution, attribute
     from lorsa_lens.analysis.behaviours import (
         Behaviour,
+        carrying_heads,
         describe_heads,
         find_heads,
         known_behaviours,
@@ -38,6 +39,7 @@ _HOMES = {
     "attribute": "attribution",
     "circuit_overlap": "correspondence",
     "collect_contexts": "contexts",
+    "carrying_heads": "behaviours",
     "describe_heads": "behaviours",
     "direct_logit_attribution": "vocabulary",
     "find_heads": "behaviours",
@@ -61,6 +63,7 @@ __all__ = [
     "ContextStore",
     "Vocabulary",
     "attribute",
+    "carrying_heads",
     "circuit_overlap",
     "collect_contexts",
     "describe_heads",

@@ -7,12 +7,18 @@ from lorsa_lens.lazy import lazy
 if TYPE_CHECKING:
     from lorsa_lens.analysis.behaviours.catalogue import Behaviour, known_behaviours
     from lorsa_lens.analysis.behaviours.effects import Effect
-    from lorsa_lens.analysis.behaviours.find import describe_heads, find_heads, named_heads
+    from lorsa_lens.analysis.behaviours.find import (
+        carrying_heads,
+        describe_heads,
+        find_heads,
+        named_heads,
+    )
     from lorsa_lens.analysis.behaviours.operands import operand_profiles
 
 _HOMES = {
     "Behaviour": "catalogue",
     "Effect": "effects",
+    "carrying_heads": "find",
     "describe_heads": "find",
     "find_heads": "find",
     "known_behaviours": "catalogue",
@@ -23,6 +29,7 @@ _HOMES = {
 __all__ = [
     "Behaviour",
     "Effect",
+    "carrying_heads",
     "describe_heads",
     "find_heads",
     "known_behaviours",

@@ -117,6 +117,38 @@ def named_heads(
     return frame[kept].sort_values("strength", ascending=False, kind="stable")
 
 
+def carrying_heads(
+    frame: "DataFrame",
+    n: int,
+    *,
+    kind: Kind = "ov",
+    max_p: float = MAX_P,
+    min_attended: float = MIN_ATTENDED,
+) -> "DataFrame":
+    """The `n` heads that carry most of each behaviour, the one that carries most first.
+
+    A head carries its score times its strength. So these are the heads whose loss the behaviour
+    would feel, busy with other things or not; `named_heads` are those that do little else.
+
+    Args:
+        frame: of `describe_heads`.
+        n: how many of each behaviour, at most.
+        kind: as in `find_heads`.
+        max_p: only heads for which chance is no explanation.
+        min_attended: as in `find_heads`.
+
+    Raises:
+        ValueError: if `n` is not positive.
+    """
+    if n < 1:
+        raise ValueError(f"n = {n} must be positive")
+    kept = (
+        (frame["kind"] == kind) & (frame["p_value"] <= max_p) & (frame["attended"] >= min_attended)
+    )
+    carried = (frame["score"] * frame["strength"])[kept].sort_values(ascending=False, kind="stable")
+    return frame.loc[carried.index].groupby("behaviour", sort=False).head(n)
+
+
 def describe_heads(
     model: nn.Module,
     lorsas: Lorsa | Iterable[Lorsa],

@@ -20,6 +20,7 @@ from lorsa_lens.functional.precision import product_dtype
 from lorsa_lens.functional.projection import project_heads, project_values
 from lorsa_lens.functional.rotary import plain_frequencies, rotary_angles, rotate
 from lorsa_lens.functional.tiles import Tiling, mix_by_tiles
+from lorsa_lens.functional.workspace import at_a_time
 from lorsa_lens.parameters import LorsaParameters
 
 HELD = 2**20
@@ -285,7 +286,8 @@ class LorsaAttention(LorsaParameters):
         dtype = product_dtype(x)
         x = x.to(dtype)
         source = x if qk_input is None else qk_input.to(dtype)
-        step = max(1, HELD // max(1, batch * n_pos * (2 * cfg.d_qk_head + group)))
+        held = at_a_time(HELD, x.device)
+        step = max(1, held // max(1, batch * n_pos * (2 * cfg.d_qk_head + group)))
         for start in range(0, n_heads, step):
             heads = slice(start, min(start + step, n_heads))
             ov_heads = slice(heads.start * group, heads.stop * group)

@@ -209,9 +209,9 @@ def test_tiles_hold_few_scores(monkeypatch):
     sizes = []
     score = Tiling.score
 
-    def recording(self, products, *where):
+    def recording(self, products, tile):
         sizes.append(tuple(products.shape))
-        return score(self, products, *where)
+        return score(self, products, tile)
 
     monkeypatch.setattr(Tiling, "score", recording)
     q, k, v = doubles(1, 6, 2, 4), doubles(1, 8, 2, 4), doubles(1, 8, 2, 1)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorsa_lens.functional.rotary import turn_
+from lorsa_lens.functional.workspace import at_a_time
 
 SMALL_GROUP = 16
 """Rank-1 heads of a circuit below which its values are no product of their own."""
@@ -117,7 +118,7 @@ def project_backward(
     grad_x = torch.zeros_like(flat) if for_x else flat.new_empty(0, flat.shape[1])
     grad_weight, grad_bias = _rooms(grad, weight, for_weights)
     transposed = weight.stride(1) == 1  # reading vectors: the gradient is laid out as they are
-    step = max(1, HELD // max(1, grad[0].numel()))
+    step = max(1, at_a_time(HELD, x.device) // max(1, grad[0].numel()))
     for start in range(0, weight.shape[0], step):
         heads = slice(start, start + step)
         part = grad[heads]

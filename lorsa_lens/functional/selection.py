@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from lorsa_lens.functional.code import Code, compact
+from lorsa_lens.functional.workspace import at_a_time
 
 SCORES_HELD = 2**20
 """Scores that `select_topk` holds at a time."""
@@ -42,7 +43,7 @@ def select_topk(
         positive: only positive z count, by `relu(z) * ||w_O||`.
     """
     flat = rearrange(acts.detach(), "b s h -> (b s) h")
-    n_rows = max(1, SCORES_HELD // max(1, flat.shape[1]))
+    n_rows = max(1, at_a_time(SCORES_HELD, acts.device) // max(1, flat.shape[1]))
     parts = [_largest(part, norms, k, positive) for part in torch.split(flat, n_rows)]
     indices = rearrange(torch.cat(parts), "(b s) k -> b s k", b=acts.shape[0])
     values = cast(Tensor, _Chosen.apply(acts, indices))  # type: ignore[no-untyped-call]

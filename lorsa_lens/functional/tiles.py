@@ -8,12 +8,14 @@ backward pass makes the pattern of each tile again.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
 from lorsa_lens.functional.masks import AttentionMask, alibi_bias
+from lorsa_lens.functional.workspace import Workspace, at_a_time
 
 QUERIES, QUERIES_BACKWARD = 64, 128
 """Queries of a tile: few, so that little of the future is met at the diagonal; more where each tile
@@ -22,8 +24,14 @@ adds to the gradients of keys and values."""
 SCORES = 2**19
 """Scores of a tile: 2 MB in float32, what a processor's cache holds."""
 
-ON_ACCELERATORS = 64
-"""How many times as many scores a tile has there, where work is started with a delay."""
+
+class Tile(NamedTuple):
+    """Some queries of some heads of some texts, and the keys that they can see."""
+
+    heads: slice
+    texts: slice
+    queries: slice
+    keys: slice
 
 
 @dataclass
@@ -49,9 +57,9 @@ class Tiling:
 
         Keys and values of a tile are no larger than its scores.
         """
-        larger = 1 if k.device.type == "cpu" else ON_ACCELERATORS
-        n_scores, n_keys = self.n_scores or SCORES * larger, max(1, self.mask.n_keys)
-        n_queries = max(1, min(n_queries * larger, self.mask.n_queries, n_scores // n_keys))
+        n_scores = self.n_scores or at_a_time(SCORES, k.device)
+        n_queries, n_keys = at_a_time(n_queries, k.device), max(1, self.mask.n_keys)
+        n_queries = max(1, min(n_queries, self.mask.n_queries, n_scores // n_keys))
         of_a_matrix = n_keys * max(n_queries, k.shape[3], v.shape[3])
         return n_queries, max(1, n_scores // of_a_matrix)
 
@@ -61,18 +69,16 @@ class Tiling:
             stop = min(start + n_queries, self.mask.n_queries)
             yield slice(start, stop), slice(*self.mask.key_range(start, stop))
 
-    def score(self, products: Tensor, heads: slice, texts: slice, rows: slice, keys: slice) -> None:
+    def score(self, products: Tensor, tile: Tile) -> None:
         """Make scores of the products of queries and keys, in place.
 
         Args:
             products: Float[Tensor, "matrix query key"], divided already; heads before texts.
-            heads: of which heads the matrices are.
-            texts: of which texts.
-            rows: which queries.
-            keys: which keys.
+            tile: whose they are.
         """
         if self.soft_cap is not None:
             products.div_(self.soft_cap).tanh_().mul_(self.soft_cap)
+        heads, texts, rows, keys = tile
         by_head = rearrange(products, "(h b) q k -> h b q k", h=heads.stop - heads.start)
         rows_keys = (rows.start, rows.stop), (keys.start, keys.stop)
         if self.alibi_slopes is not None:
@@ -98,20 +104,6 @@ def _future(n_queries: int, n_keys: int, dtype: torch.dtype, device: torch.devic
     """Minus infinity for keys of the future, the first key being that after the first query."""
     bias = torch.full((n_queries, n_keys), -torch.inf, dtype=dtype, device=device)
     return bias.triu_()
-
-
-class Workspace:
-    """Memory that all tiles use in turn: fresh memory would cost more than what is done in it."""
-
-    def __init__(self, like: Tensor, dtype: torch.dtype | None = None) -> None:
-        self.buffer = like.new_empty(0, dtype=dtype)
-
-    def __call__(self, *shape: int) -> Tensor:
-        """A tensor of this shape, with whatever was in it."""
-        n = torch.Size(shape).numel()
-        if n > self.buffer.numel():
-            self.buffer = self.buffer.new_empty(n)
-        return self.buffer[:n].view(shape)
 
 
 class Tiles:
@@ -143,9 +135,7 @@ class Tiles:
                     slice(text, min(text + texts, n_texts)),
                 )
 
-    def pattern(
-        self, q_rows: Tensor, k_seen: Tensor, heads: slice, texts: slice, rows: slice, keys: slice
-    ) -> Tensor:
+    def pattern(self, q_rows: Tensor, k_seen: Tensor, tile: Tile) -> Tensor:
         """Float[Tensor, "matrix query key"] of a tile, in the workspace."""
         shape = (q_rows.shape[0], q_rows.shape[1], k_seen.shape[1])
         scores = self.scores(*shape)
@@ -153,7 +143,7 @@ class Tiles:
             scores, q_rows, k_seen.mT, beta=0.0, alpha=1 / self.tiling.divisor, out=scores
         )
         scores = scores.to(self.wide)
-        self.tiling.score(scores, heads, texts, rows, keys)
+        self.tiling.score(scores, tile)
         pattern = torch.softmax(scores, dim=-1, out=self.patterns(*shape))
         blind = self.tiling.mask.keep is not None  # some queries may see no key
         return pattern.nan_to_num_(nan=0.0) if blind else pattern
@@ -194,8 +184,9 @@ def mix_by_tiles(q: Tensor, k: Tensor, v: Tensor, tiling: Tiling, out: Tensor) -
             _matrices(t, heads, texts, copy) for t, copy in zip((q, k, v), copies, strict=True)
         )
         for rows, keys in tiling.rows(tiles.n_queries):
-            pattern = tiles.pattern(q_all[:, rows], k_all[:, keys], heads, texts, rows, keys)
-            seen, pattern = v_all[:, keys], pattern.to(v.dtype)
+            tile = Tile(heads, texts, rows, keys)
+            pattern = tiles.pattern(q_all[:, rows], k_all[:, keys], tile).to(v.dtype)
+            seen = v_all[:, keys]
             if v.shape[3] == 1:  # one head a circuit: products with a vector
                 mixed = pattern.mul_(seen.mT).sum(-1, keepdim=True)
             else:
@@ -226,7 +217,7 @@ def mix_by_tiles_backward(
         )
         for rows, keys in tiling.rows(tiles.n_queries):
             q_rows, k_seen, up = q_all[:, rows], k_all[:, keys], up_all[:, rows]
-            pattern = tiles.pattern(q_rows, k_seen, heads, texts, rows, keys)
+            pattern = tiles.pattern(q_rows, k_seen, Tile(heads, texts, rows, keys))
             for_v[:, keys].baddbmm_(pattern.mT, up.to(tiles.wide))
             upstream = torch.bmm(up, v_all[:, keys].mT, out=upstreams(*pattern.shape))
             for_scores = tiles.through_softmax(upstream.to(tiles.wide), pattern)

@@ -119,30 +119,31 @@ class LorsaAttention(LorsaParameters):
         past: LorsaState | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, AttentionMask]:
         """Queries, keys and values with those of the past, by circuit, and who sees whom."""
-        cfg = self.cfg
-        self._check_input("x", x)
-        if qk_input is not None:
-            self._check_input("qk_input", qk_input)
+        source = self._source(x, qk_input)
         n_past = 0 if past is None else past.k.shape[1]
         n_new = x.shape[1]
-        source = x if qk_input is None else qk_input
         angles = self._angles_of_tokens(positions, n_past, n_new)
         q = self._looking(source, "Q", angles)
         k = self._looking(source, "K", angles)
-        v = project_values(x, self.W_V, self.b_V, cfg.group_size)
+        v = project_values(x, self.W_V, self.b_V, self.cfg.group_size)
         if self._watched(self.hook_values):
             v = self._by_circuit(self._fire(self.hook_values, _flat(v)))
         if past is not None:
             k = torch.cat((past.k, k), dim=1)
             v = torch.cat((self._by_circuit(past.v), v), dim=1)
-        mask = AttentionMask(
-            n_new,
-            n_past + n_new,
-            causal=cfg.attention_dir == "causal",
-            window=cfg.window_size,
-            keep=keep,
-        )
-        return q, k, v, mask
+        return q, k, v, self._mask(n_new, n_past + n_new, keep)
+
+    def _source(self, x: Tensor, qk_input: Tensor | None) -> Tensor:
+        """What queries and keys read."""
+        self._check_input("x", x)
+        if qk_input is None:
+            return x
+        self._check_input("qk_input", qk_input)
+        return qk_input
+
+    def _mask(self, n_queries: int, n_keys: int, keep: Tensor | None) -> AttentionMask:
+        causal, window = self.cfg.attention_dir == "causal", self.cfg.window_size
+        return AttentionMask(n_queries, n_keys, causal=causal, window=window, keep=keep)
 
     def _by_circuit(self, values: Tensor) -> Tensor:
         return rearrange(values, "b k (h g) -> b k h g", g=self.cfg.group_size)
@@ -273,19 +274,13 @@ class LorsaAttention(LorsaParameters):
         keep: Tensor | None = None,
     ) -> Tensor:
         """Activations of a few circuits' heads at a time; the rest's queries do not exist yet."""
-        cfg = self.cfg
-        self._check_input("x", x)
-        if qk_input is not None:
-            self._check_input("qk_input", qk_input)
+        cfg, source = self.cfg, self._source(x, qk_input)
         batch, n_pos, _ = x.shape
         n_heads, group = self.W_Q.shape[0], cfg.group_size
         acts = x.new_empty(batch, n_pos, self.W_V.shape[0])
         angles, slopes = self._angles_of_tokens(positions, 0, n_pos), self._slopes()
-        causal = cfg.attention_dir == "causal"
-        mask = AttentionMask(n_pos, n_pos, causal=causal, window=cfg.window_size, keep=keep)
-        dtype = product_dtype(x)
-        x = x.to(dtype)
-        source = x if qk_input is None else qk_input.to(dtype)
+        mask, dtype = self._mask(n_pos, n_pos, keep), product_dtype(x)
+        x, source = x.to(dtype), source.to(dtype)
         held = at_a_time(HELD, x.device)
         step = max(1, held // max(1, batch * n_pos * (2 * cfg.d_qk_head + group)))
         for start in range(0, n_heads, step):

@@ -1,7 +1,6 @@
 """What products are computed in."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 
 import torch
@@ -21,8 +20,7 @@ def has_bfloat16_products(device_type: str) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-@contextmanager
-def native_products(device: torch.device) -> Iterator[None]:
+def native_products(device: torch.device) -> AbstractContextManager[object]:
     """Within, autocast to bfloat16 is off where the device would only emulate it.
 
     Results are then those of float32: at least as exact, and faster.
@@ -30,11 +28,8 @@ def native_products(device: torch.device) -> Iterator[None]:
     kind = device.type
     asked_for = torch.is_autocast_enabled(kind)
     asked_for = asked_for and torch.get_autocast_dtype(kind) == torch.bfloat16
-    if asked_for and not has_bfloat16_products(kind):
-        with torch.autocast(kind, enabled=False):
-            yield
-    else:
-        yield
+    emulated = asked_for and not has_bfloat16_products(kind)
+    return torch.autocast(kind, enabled=False) if emulated else nullcontext()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:

@@ -198,7 +198,6 @@ def test_values_and_every_gradient_are_the_naive_ones(
     inputs = {"x": x} if frozen else {"x": x, **parameters}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "SCORES", n_scores)
-        patch.setattr(active_rows, "SCORES", n_scores)
         patch.setattr(pattern_free, "FEW", few)
         patch.setattr(attention, "HELD", 10 * n_scores)
         patch.setattr(projection, "HELD", 10 * n_scores)
@@ -301,8 +300,7 @@ def test_weights_in_bfloat16_are_computed_with_in_float32_where_that_is_faster(m
 
 def small_tiles(monkeypatch):
     monkeypatch.setattr(selection, "SCORES_HELD", 2**12)
-    for module in (tiles, active_rows):
-        monkeypatch.setattr(module, "SCORES", 2**12)
+    monkeypatch.setattr(tiles, "SCORES", 2**12)
     for module in (attention, projection):
         monkeypatch.setattr(module, "HELD", 2**12)
 

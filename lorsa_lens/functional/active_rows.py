@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from lorsa_lens.functional.tiles import SCORES, Tiling
+from lorsa_lens.functional.tiles import Tiling
 
 
 def active_rows(grad: Tensor, group: int) -> Tensor:
@@ -38,9 +38,8 @@ def mix_backward_of_rows(
     sizes, start = counts.tolist(), 0
     while start < len(sizes) and sizes[start] > 0:
         n_rows = sizes[start]
-        stop = start + max(1, (tiling.n_scores or SCORES) // (n_rows * k.shape[1]))
-        chunk = matrices[start:stop]
-        start = stop
+        chunk = matrices[start : start + tiling.n_matrices(n_rows, k, v)]
+        start += len(chunk)
         head, text = chunk // n_texts, chunk % n_texts
         # Which rows: the active ones, then others, whose gradient is zero.
         rows = by_matrix[chunk].to(torch.uint8).argsort(dim=-1, descending=True, stable=True)

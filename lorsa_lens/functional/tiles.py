@@ -53,15 +53,21 @@ class Tiling:
     n_scores: int | None = None
 
     def sizes(self, k: Tensor, v: Tensor, n_queries: int) -> tuple[int, int]:
-        """Queries, and matrices (one head of one text each), of a tile of `n_queries` at most.
+        """Queries and matrices of a tile of `n_queries` at most."""
+        n_scores, n_keys = self._n_scores(k.device), max(1, self.mask.n_keys)
+        n_queries = min(at_a_time(n_queries, k.device), self.mask.n_queries, n_scores // n_keys)
+        return max(1, n_queries), self.n_matrices(max(1, n_queries), k, v)
 
-        Keys and values of a tile are no larger than its scores.
+    def n_matrices(self, n_queries: int, k: Tensor, v: Tensor) -> int:
+        """Matrices (one head of one text each) to work on together, of so many queries each.
+
+        Their keys and values are no larger than the scores of a tile may be.
         """
-        n_scores = self.n_scores or at_a_time(SCORES, k.device)
-        n_queries, n_keys = at_a_time(n_queries, k.device), max(1, self.mask.n_keys)
-        n_queries = max(1, min(n_queries, self.mask.n_queries, n_scores // n_keys))
-        of_a_matrix = n_keys * max(n_queries, k.shape[3], v.shape[3])
-        return n_queries, max(1, n_scores // of_a_matrix)
+        of_a_matrix = max(1, self.mask.n_keys) * max(n_queries, k.shape[3], v.shape[3])
+        return max(1, self._n_scores(k.device) // of_a_matrix)
+
+    def _n_scores(self, device: torch.device) -> int:
+        return self.n_scores or at_a_time(SCORES, device)
 
     def rows(self, n_queries: int) -> Iterator[tuple[slice, slice]]:
         """Blocks of queries, each with the keys that any of its queries can see."""

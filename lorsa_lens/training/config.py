@@ -145,7 +145,8 @@ class TrainingConfig(Config):
     """A head that stayed at none of so many counted tokens is dead."""
 
     autocast: bool = False
-    """Run Lorsas in bfloat16 with float32 weights and float32 selection."""
+    """Run Lorsas in bfloat16 with float32 weights and float32 selection. A processor that would
+    only emulate bfloat16 computes in float32, which is faster there."""
 
     compile: bool = False
     """Compile the Lorsas with `torch.compile`."""

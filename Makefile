@@ -27,8 +27,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-slow: $(INSTALLED)  ## What training reaches: minutes, and the real model only where it is at hand.
-	$(BIN)/python -m pytest -m slow -s
+test-slow: $(INSTALLED)  ## What training reaches, into slow.xml: a quarter of an hour; the real model only where it is at hand.
+	$(BIN)/python -m pytest -m slow -s --junitxml slow.xml
 
 test-matrix: $(INSTALLED)  ## All tests on TransformerLens 2.16, 2.18, 3.9 and 4.3.
 	$(BIN)/nox

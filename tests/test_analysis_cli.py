@@ -36,13 +36,21 @@ def test_tables_are_printed_and_saved(run_dir):
     )
     assert result.exit_code == 0, result.output
     folder = run_dir / "heads"
-    tables = {"prompts", "text", "named", "correspondence", "spans", "logits", "reads"}
+    tables = {
+        "prompts", "text", "named", "correspondence", "spans", "circuits", "logits", "reads",
+        "pairs",
+    }  # fmt: skip
     files = {f"{name}.{suffix}" for name in tables for suffix in ("csv", "json")}
     assert {path.name for path in folder.iterdir()} == {*files, "contexts.sqlite"}
     rows = json.loads((folder / "correspondence.json").read_text())
     assert [(row["layer"], row["head"]) for row in rows] == [
         (layer, head) for layer in (0, 1) for head in range(16)
     ]
+    overlaps = json.loads((folder / "circuits.json").read_text())
+    n_circuits = Lorsa.from_pretrained(run_dir / "lorsas" / "blocks.0").cfg.n_qk_heads
+    assert {(row["layer"], row["circuit"]) for row in overlaps} == {
+        (layer, circuit) for layer in (0, 1) for circuit in range(n_circuits)
+    }
     scores = json.loads((folder / "text.json").read_text())
     assert {row["behaviour"] for row in scores} >= {"previous token", "first token"}
     assert {row["kind"] for row in scores} == {"ov", "qk", "attention"}

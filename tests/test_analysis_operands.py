@@ -17,6 +17,7 @@ from lorsa_lens.analysis.behaviours.value_profiles import (
     kruskal_wallis,
 )
 from lorsa_lens.analysis.behaviours.words import find_sums
+from lorsa_lens.analysis.report import head_tables
 from lorsa_lens.analysis.strings import Vocabulary
 
 needs_hooked = pytest.mark.skipif(
@@ -158,7 +159,7 @@ PLANS = {
 
 
 @functools.cache
-def planted_table():
+def planted_operands():
     """Four heads of operands, one that reads all first operands alike, and six random ones."""
     plan = [(distance, list(tokens.values())) for distance, tokens in PLANS.values()]
     plan.append((3, list(NUMBERS.known(map(str, range(100))).values())))
@@ -167,7 +168,12 @@ def planted_table():
     with torch.no_grad():
         for parameter in (lorsa.W_Q, lorsa.W_K, lorsa.W_V, lorsa.W_O):
             parameter[5:].normal_()
-    return operand_profiles(model, lorsa, vocabulary=NUMBERS, n_pos=N_POS, n_prompts=1000)
+    return model, lorsa
+
+
+@functools.cache
+def planted_table():
+    return operand_profiles(*planted_operands(), vocabulary=NUMBERS, n_prompts=1000)
 
 
 @needs_hooked
@@ -195,6 +201,20 @@ def test_planted_heads_score_on_their_own_operand_and_property_only():
     # One that reads all numbers alike depends on none.
     assert table.loc[(4, "first", "range"), "explained"] < 0.01
     assert table.loc[(4, "first", "range"), "p_value"] > 0.01
+
+
+@needs_hooked
+def test_the_report_has_the_profiles_and_the_token_pairs_of_named_circuits():
+    model, lorsa = planted_operands()
+    text = torch.randint(1, len(NUMBERS), (4, N_POS), generator=torch.Generator().manual_seed(0))
+    tables = head_tables(model, {0: lorsa}, text, vocabulary=NUMBERS, n_prompts=32, n_circuits=2)
+    assert len(tables["operands"]) == 11 * 4
+    best = tables["operands"].sort_values("score", ascending=False)["head"].head(4)
+    assert set(best) == {0, 1, 2, 3}
+    named = tables["named"]
+    circuits = named[named["kind"] == "qk"].groupby("head")["score"].max().nlargest(2)
+    assert len(circuits) == 2
+    assert set(tables["pairs"]["circuit"]) == set(circuits.index)
 
 
 @needs_hooked

@@ -14,8 +14,6 @@ from lorsa_lens.testbed.sae import TopKSAE, train_sae
 from lorsa_lens.testbed.units import (
     RuleUnits,
     Units,
-    _best_threshold,
-    _f1,
     attention_units,
     lorsa_units,
     rule_costs,
@@ -195,17 +193,6 @@ def test_costs_are_those_of_answers():
     found = rule_costs(cost, labels, ["one", "two"])
     assert found["one"] == cost[:, 2].mean().item()
     assert found["two"] != found["two"]  # it asks for no answer here
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_the_threshold_is_the_best_there_is(seed):
-    generator = torch.Generator().manual_seed(seed)
-    yes = torch.randint(0, 6, (5,), generator=generator).float()  # with ties
-    no = torch.randint(0, 5, (9,), generator=generator).float()
-    true = torch.tensor([True] * 5 + [False] * 9)
-    values = torch.cat((yes, no))
-    scores = [_f1(values > threshold, true) for threshold in (-torch.inf, *values.tolist())]
-    assert _f1(values > _best_threshold(yes, no), true) == max(scores)
 
 
 def test_what_stays_mixed_is_listed():

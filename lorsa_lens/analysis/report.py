@@ -1,17 +1,18 @@
 """All tables about the heads of some Lorsas, and where a run keeps what they need."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from lorsa_lens.analysis.behaviours import describe_heads, named_heads
-from lorsa_lens.analysis.correspondence import correspondence, span_histogram
+from lorsa_lens.analysis.behaviours import describe_heads, named_heads, operand_profiles
+from lorsa_lens.analysis.behaviours.words import missing_for_sums
+from lorsa_lens.analysis.correspondence import circuit_overlap, correspondence, span_histogram
 from lorsa_lens.analysis.strings import Vocabulary
 from lorsa_lens.analysis.tables import save_table
-from lorsa_lens.analysis.vocabulary import top_logits, top_read_tokens
+from lorsa_lens.analysis.vocabulary import top_logits, top_read_tokens, top_token_pairs
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import record_attention
 
@@ -27,6 +28,7 @@ def head_tables(
     vocabulary: Vocabulary | None = None,
     n_prompts: int = 64,
     n_named: int = 20,
+    n_circuits: int = 4,
 ) -> dict[str, "DataFrame"]:
     """Every table about heads.
 
@@ -37,39 +39,53 @@ def head_tables(
         vocabulary: strings of all tokens. None: those of the model's tokenizer.
         n_prompts: prompts for each behaviour.
         n_named: heads per layer and behaviour, the strongest, whose tokens are listed.
+        n_circuits: named circuits per layer, those with the highest scores, whose token pairs are
+            listed. Each costs a product of all tokens with all tokens.
 
     Returns:
         `prompts` and `text`: scores of all behaviours (`describe_heads`) on prompts made for them
         and on the text; `named`: the heads that have a behaviour on either; `correspondence` with
-        attention heads, and `spans`, its histogram by layer; `logits` and `reads`: tokens that
-        named heads write and read.
+        attention heads, and `spans`, its histogram by layer; `circuits`: query-key circuits beside
+        attention heads; `logits` and `reads`: tokens that named heads write and read; `pairs`:
+        tokens at distance 1 that named circuits join; `operands`: operand profiles, where the
+        vocabulary can write sums.
     """
-    import pandas
-
     strings = Vocabulary.of(model) if vocabulary is None else vocabulary
     chosen = list(lorsas.values())
     scores = {
         "prompts": describe_heads(model, chosen, vocabulary=strings, n_prompts=n_prompts),
         "text": describe_heads(model, chosen, tokens, vocabulary=strings),
     }
-    named = pandas.concat(
-        [named_heads(frame).assign(found_on=name) for name, frame in scores.items()],
-        ignore_index=True,
-    )
+    named = _joined(named_heads(frame).assign(found_on=name) for name, frame in scores.items())
     records = record_attention(model, tokens, lorsas)
     origins = {
         layer: correspondence(model, lorsa, records[layer]) for layer, lorsa in lorsas.items()
     }
     spans = [span_histogram(frame).assign(layer=layer) for layer, frame in origins.items()]
+    overlaps = [circuit_overlap(model, lorsa, records[layer]) for layer, lorsa in lorsas.items()]
     heads = _strongest(named, n_named)
-    return {
+    tables = {
         **scores,
         "named": named,
-        "correspondence": pandas.concat(origins.values(), ignore_index=True),
-        "spans": pandas.concat(spans, ignore_index=True),
-        "logits": _of_layers(top_logits, model, lorsas, heads, strings),
-        "reads": _of_layers(top_read_tokens, model, lorsas, heads, strings),
+        "correspondence": _joined(origins.values()),
+        "spans": _joined(spans),
+        "circuits": _joined(overlaps),
+        "logits": _joined(
+            top_logits(model, lorsas[layer], which, vocabulary=strings)
+            for layer, which in heads.items()
+        ),
+        "reads": _joined(
+            top_read_tokens(model, lorsas[layer], which, vocabulary=strings)
+            for layer, which in heads.items()
+        ),
+        "pairs": _joined(
+            top_token_pairs(model, lorsas[layer], circuit, vocabulary=strings)
+            for layer, circuit in _best_circuits(named, n_circuits)
+        ),
     }
+    if not missing_for_sums(strings):
+        tables["operands"] = operand_profiles(model, chosen, vocabulary=strings)
+    return tables
 
 
 def save_tables(tables: Mapping[str, "DataFrame"], folder: Path) -> list[Path]:
@@ -87,17 +103,16 @@ def _strongest(named: "DataFrame", n: int) -> dict[int, list[int]]:
     }
 
 
-def _of_layers(
-    make: Any,
-    model: nn.Module,
-    lorsas: Mapping[int, Lorsa],
-    heads: Mapping[int, list[int]],
-    vocabulary: Vocabulary,
-) -> "DataFrame":
-    """One table from those of several layers."""
+def _best_circuits(named: "DataFrame", n: int) -> list[tuple[int, int]]:
+    """Layer and number of the named circuits with the highest scores in each layer."""
+    circuits = named[named["kind"] == "qk"].sort_values("score", ascending=False)
+    best = circuits.drop_duplicates(["layer", "head"]).groupby("layer").head(n)
+    return sorted((int(row.layer), int(row.head)) for row in best.itertuples())
+
+
+def _joined(frames: Iterable["DataFrame"]) -> "DataFrame":
+    """One table from several; without columns if there are none."""
     import pandas
 
-    frames = [
-        make(model, lorsas[layer], which, vocabulary=vocabulary) for layer, which in heads.items()
-    ]
-    return pandas.concat(frames, ignore_index=True) if frames else pandas.DataFrame()
+    parts = list(frames)
+    return pandas.concat(parts, ignore_index=True) if parts else pandas.DataFrame()

@@ -58,6 +58,8 @@ def heads(
         raise typer.BadParameter(str(error)) from error
     _print_named(console, tables["named"])
     _print_spans(console, tables["spans"])
+    if "operands" in tables:
+        _print_operands(console, tables["operands"])
     console.print(f"\nThe tables are in [bold]{folder}[/bold]")
 
 
@@ -108,3 +110,21 @@ def _print_spans(console: "Console", spans: "DataFrame") -> None:
     for row in spans.itertuples():
         table.add_row(str(row.layer), str(row.spanned_heads), str(row.n_heads), f"{row.share:.2f}")
     console.print(table)
+
+
+def _print_operands(console: "Console", operands: "DataFrame", n: int = 10) -> None:
+    """The heads whose strength depends most on an operand of a sum."""
+    from rich.table import Table
+
+    from lorsa_lens.analysis.behaviours.find import MAX_P
+
+    known = operands[(operands["p_value"] <= MAX_P) & (operands["explained"] > 0)]
+    table = Table(title="Heads by the operand of a+b= that they fetch")
+    for column in ("operand", "by", "values", "head", "attended", "score"):
+        table.add_column(column, justify="right" if column in ("attended", "score") else "left")
+    for row in known.sort_values("score", ascending=False).head(n).itertuples():
+        values = str(row.low) if row.low == row.high else f"{row.low} to {row.high}"
+        table.add_row(
+            row.operand, row.by, values, row.name, f"{row.attended:.2f}", f"{row.score:.2f}"
+        )
+    console.print(table if len(known) else "No head depends on the operands of sums.")

@@ -21,7 +21,8 @@ from lorsa_lens.hosts import host_of
 from lorsa_lens.hosts.ends import logit_directions
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord, record_attention
-from lorsa_lens.testbed.grammar import RULES
+from lorsa_lens.testbed.detection import best_threshold, f1_score
+from lorsa_lens.testbed.grammar import RULES, VOCAB
 from lorsa_lens.testbed.labels import LabelledTokens
 from lorsa_lens.testbed.rules import RuleLanguage
 from lorsa_lens.testbed.scores import source_mass
@@ -68,9 +69,8 @@ def rule_groups(
         groups = {name: scores[name].heads(min_energy=min_energy) for name in language.rules}
         strengths = _strengths(model, lorsa, text, groups)
         for index, name in enumerate(language.rules):
-            clear, queries = ~text.ambiguous(index), labels.rule == index
-            threshold = best_threshold(strengths[name][clear], queries[clear])
-            f1 = f1_score(strengths[name][clear] > threshold, queries[clear])
+            told = text.told(index, strengths[name])
+            f1 = told.f1(told.best_thresholds())
             if f1 > best[name][0]:
                 best[name] = f1, groups[name]
     return {name: heads for name, (_, heads) in best.items()}
@@ -90,7 +90,8 @@ def score_groups(
     of the rule by energy. *F1* is that of "the group writes more than a threshold" as a detector
     of the rule's queries. What it writes is what it fetches from the token that the rule would
     read, in terms of the answer that the rule would give: its direct contribution to the answer's
-    logit, less the mean over all answers of the rule. The threshold is the best one on other text.
+    logit, less the mean over all answers of the rule. Heads differ by answer, so each answer has
+    its own threshold: the best one on other text.
     Positions at which another rule holds that has the same source and the same answer (first and
     last name, where there is but one) count neither way.
 
@@ -100,7 +101,7 @@ def score_groups(
         language: its language.
         groups: heads by rule, from `rule_groups`; or any, such as those that make up an attention
             head in the exact lift.
-        naming: text on which thresholds are chosen.
+        naming: text on which thresholds are chosen; some queries of every answer make good ones.
         test: text on which groups are scored.
 
     Returns:
@@ -122,19 +123,18 @@ def score_groups(
     rows = []
     for index, rule in enumerate(language.rules):
         heads = list(groups[rule])
-        clear = [~text.ambiguous(index) for text in texts]
-        queries = [text.labels.rule == index for text in texts]
-        learned, found = (part[rule][known] for part, known in zip(strengths, clear, strict=True))
-        threshold = best_threshold(learned, queries[0][clear[0]])
+        known, told = (
+            text.told(index, part[rule]) for text, part in zip(texts, strengths, strict=True)
+        )
         rows.append(
             {
                 "rule": rule,
                 "n_heads": len(heads),
                 "attended": float(attended[index]),
                 "gated": bool(attended[index] >= MIN_ATTENDED),
-                "sharp": float(sharp[queries[1]].double().mean()),
+                "sharp": float(sharp[test.rule == index].double().mean()),
                 **{name: scores[rule].mean_share(heads) for name, scores in masses.items()},
-                "f1": f1_score(found > threshold, queries[1][clear[1]]) if heads else float("nan"),
+                "f1": told.f1(known.best_thresholds()) if heads else float("nan"),
             }
         )
     return table(rows)
@@ -161,35 +161,35 @@ def _own_patterns(
     return exact.pattern(part.x, range(exact.cfg.n_qk_heads), **part.context)
 
 
-def best_threshold(strength: Float[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """The threshold at or above 0 above which a strength detects best (largest F1).
-
-    Between two values it lies half-way; infinite if nothing is positive.
-    """
-    order = strength.argsort(descending=True)
-    values, hits = strength[order].double(), positive[order].cumsum(0).double()
-    n_found = torch.arange(1, len(values) + 1, dtype=torch.float64)
-    f1 = 2 * hits / (n_found + positive.sum())
-    following = torch.cat((values[1:], values.new_zeros(1))).clamp(min=0)
-    f1 = f1.masked_fill((values <= 0) | (values == following), 0.0)
-    best = int(f1.argmax())
-    if f1[best] == 0:
-        return float("inf")
-    return float((values[best] + following[best]) / 2)
-
-
-def f1_score(found: Bool[Tensor, " n"], positive: Bool[Tensor, " n"]) -> float:
-    """F1 of what was found."""
-    hits = int((found & positive).sum())
-    return 2 * hits / max(1, int(found.sum()) + int(positive.sum()))
-
-
 def _kin(index: int) -> list[int]:
     """The rule and those with triggers that fetch the same kind of token."""
     family = RULES[index].family
     if family is None or RULES[index].where == "same":
         return [index]
     return [k for k, rule in enumerate(RULES) if rule.family == family and rule.where != "same"]
+
+
+class _Told(NamedTuple):
+    """What a group writes for a rule's answers, at the positions that tell for or against it."""
+
+    strength: Float[Tensor, " n"]
+    asked: Bool[Tensor, " n"]
+    """Whether the rule holds."""
+    answer: Int[Tensor, " n"]
+    """What it would answer, -1 where it has no source."""
+
+    def best_thresholds(self) -> Float[Tensor, " d_vocab"]:
+        """`best_threshold` of each answer; infinite for one that was never asked for."""
+        thresholds = torch.full((len(VOCAB),), float("inf"))
+        for token in sorted(set(self.answer[self.asked].tolist())):
+            here = self.answer == token
+            thresholds[token] = best_threshold(self.strength[here], self.asked[here])
+        return thresholds
+
+    def f1(self, thresholds: Float[Tensor, " d_vocab"]) -> float:
+        """F1 of "it writes more than the threshold of its answer"."""
+        above = self.strength > thresholds[self.answer.clamp(min=0)]
+        return f1_score(above & (self.answer >= 0), self.asked)
 
 
 class _Text(NamedTuple):
@@ -221,6 +221,12 @@ class _Text(NamedTuple):
             name: self.labels.source.masked_fill(~torch.isin(rule, torch.tensor(_kin(index))), -1)
             for index, name in enumerate(self.language.rules)
         }
+
+    def told(self, index: int, strength: Float[Tensor, "batch pos"]) -> _Told:
+        """What a group's strength tells of a rule, without positions where it cannot."""
+        clear = ~self.ambiguous(index)
+        asked, answer = self.labels.rule == index, self.answers[..., index]
+        return _Told(strength[clear], asked[clear], answer[clear])
 
     def ambiguous(self, index: int) -> Bool[Tensor, "batch pos"]:
         """Positions at which another rule holds with the source and the answer of this one."""

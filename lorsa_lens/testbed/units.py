@@ -17,6 +17,7 @@ from lorsa_lens.functional.code import to_dense
 from lorsa_lens.functional.selection import writing_norms
 from lorsa_lens.lorsa import Lorsa
 from lorsa_lens.recording import AttentionRecord, record_attention
+from lorsa_lens.testbed.detection import best_threshold, f1_score
 from lorsa_lens.testbed.labels import LabelledTokens
 from lorsa_lens.testbed.sae import TopKSAE
 
@@ -141,8 +142,8 @@ def rule_units(units: Units, labels: LabelledTokens, rules: Sequence[str]) -> li
         at = labels.rule == index
         chosen = _chosen(units.strength[:half], at[:half])
         together = units.strength[..., chosen].sum(-1)
-        threshold = _best_threshold(together[:half][at[:half]], together[:half][~at[:half]])
-        f1 = _f1(together[half:] > threshold, at[half:])
+        threshold = best_threshold(together[:half].flatten(), at[:half].flatten())
+        f1 = f1_score(together[half:] > threshold, at[half:])
         judged = LabelledTokens(*(tensor[half:] for tensor in labels))
         costs = rule_costs(units.cost(chosen)[half:], judged, rules)
         found.append(RuleUnits(rule, chosen, f1, costs))
@@ -169,22 +170,6 @@ def _chosen(strength: Float[Tensor, "batch pos unit"], at: Bool[Tensor, "batch p
     share = there / energy.sum((0, 1)).clamp(min=1e-30)
     order = there.argsort(descending=True, stable=True).tolist()
     return [unit for unit in order if share[unit] > MIN_ENERGY] or [int(share.argmax())]
-
-
-def _best_threshold(yes: Float[Tensor, " there"], no: Float[Tensor, " elsewhere"]) -> float:
-    """The threshold above which lies the set with the largest F1."""
-    values, order = torch.cat((yes, no)).sort(descending=True)
-    hits = (order < len(yes)).double().cumsum(0)
-    f1 = 2 * hits / (torch.arange(1, len(values) + 1) + len(yes))
-    # A set ends only where the value changes.
-    ends = torch.cat((values[1:] < values[:-1], torch.tensor([True])))
-    best = int(f1.masked_fill(~ends, -1.0).argmax())
-    below = values[best + 1] if best + 1 < len(values) else values.new_tensor(-torch.inf)
-    return below.item()
-
-
-def _f1(guessed: Bool[Tensor, "*token"], true: Bool[Tensor, "*token"]) -> float:
-    return 2 * int((guessed & true).sum()) / max(1, int(guessed.sum()) + int(true.sum()))
 
 
 def _record(model: nn.Module, lorsa: Lorsa, tokens: Tensor) -> AttentionRecord:

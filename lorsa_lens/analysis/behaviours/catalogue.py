@@ -214,8 +214,7 @@ def _by_words(vocabulary: Vocabulary) -> list[Behaviour]:
 
 
 def _by_sums(vocabulary: Vocabulary) -> list[Behaviour]:
-    needed = [*map(str, range(10)), "+", "="]
-    if len(vocabulary.known(needed)) < len(needed):
+    if words.missing_for_sums(vocabulary):
         return []
 
     def operand(which: int) -> Callable[[Tokens], Mask]:

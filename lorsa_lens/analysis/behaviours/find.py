@@ -215,6 +215,11 @@ def describe_heads(
     return frame.assign(p_value=corrected)
 
 
+def prompt_length(model: nn.Module, n_pos: int) -> int:
+    """The length of prompts: what was asked for, at most the model's context."""
+    return min(n_pos, int(getattr(host_of(model).model.cfg, "n_ctx", n_pos)))
+
+
 def by_layer(model: nn.Module, lorsas: Lorsa | Iterable[Lorsa]) -> Iterable[tuple[int, Lorsa]]:
     """Lorsas with their layers.
 
@@ -265,9 +270,8 @@ def _texts(
     if tokens is not None:
         yield tokens, behaviours
         return
-    host = host_of(model)
     strings = vocabulary or Vocabulary.of(model)
-    n_pos = min(n_pos, int(getattr(host.model.cfg, "n_ctx", n_pos)))
+    n_pos = prompt_length(model, n_pos)
     groups: dict[Any, list[Behaviour]] = {}
     for behaviour in behaviours:
         if behaviour.prompts is None:

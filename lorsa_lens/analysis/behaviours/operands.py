@@ -12,7 +12,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from lorsa_lens.analysis.behaviours.find import by_layer
+from lorsa_lens.analysis.behaviours.find import by_layer, prompt_length
 from lorsa_lens.analysis.behaviours.null import holm
 from lorsa_lens.analysis.behaviours.prompts import Prompter
 from lorsa_lens.analysis.behaviours.scores import SourceMask, tally_patterns
@@ -23,7 +23,7 @@ from lorsa_lens.analysis.behaviours.value_profiles import (
     explained_by_bins,
     kruskal_wallis,
 )
-from lorsa_lens.analysis.behaviours.words import Sum, find_sums, operand
+from lorsa_lens.analysis.behaviours.words import Sum, find_sums, missing_for_sums, operand
 from lorsa_lens.analysis.reading import read
 from lorsa_lens.analysis.sources import head_name
 from lorsa_lens.analysis.strings import Vocabulary
@@ -65,7 +65,7 @@ def operand_profiles(
         tokens: text with sums in it. None: prompts `a+b=` after random fillers.
         vocabulary: strings of all tokens. None: those of the model's tokenizer.
         n_prompts: how many prompts.
-        n_pos: their length.
+        n_pos: their length, at most that of the model's context.
         seed: for prompts and null.
         batch_size: sequences at a time.
 
@@ -85,7 +85,11 @@ def operand_profiles(
     """
     chosen = dict(by_layer(model, lorsas))
     strings = Vocabulary.of(model) if vocabulary is None else vocabulary
-    texts = _prompts(strings, n_prompts, n_pos, seed) if tokens is None else tokens
+    if tokens is None:
+        check_sums(strings)
+        texts = Prompter(strings, prompt_length(model, n_pos), seed).sums(n_prompts)
+    else:
+        texts = tokens
     sums = [one for one in find_sums(texts, strings) if max(one.values) <= MAX_NUMBER]
     if len(sums) < MIN_SUMS:
         raise ValueError(
@@ -114,19 +118,12 @@ def operand_profiles(
 
 def check_sums(vocabulary: Vocabulary) -> None:
     """Raise ValueError unless a vocabulary has the ten digits, `+` and `=` as tokens."""
-    needed = [*map(str, range(10)), "+", "="]
-    known = vocabulary.known(needed)
-    missing = [word for word in needed if word not in known]
+    missing = missing_for_sums(vocabulary)
     if missing:
         raise ValueError(
             f"the vocabulary has no tokens for {' '.join(missing)}: sums are written with tokens "
             "for the ten digits (larger numbers may have their own), + and ="
         )
-
-
-def _prompts(vocabulary: Vocabulary, n: int, n_pos: int, seed: int) -> Int[Tensor, "n pos"]:
-    check_sums(vocabulary)
-    return Prompter(vocabulary, n_pos, seed).sums(n)
 
 
 class _Fetched(NamedTuple):

@@ -79,6 +79,13 @@ class Sum(NamedTuple):
     """The two numbers."""
 
 
+def missing_for_sums(vocabulary: Vocabulary) -> list[str]:
+    """What a vocabulary lacks to write sums: of the ten digits, `+` and `=`."""
+    needed = [*map(str, range(10)), "+", "="]
+    known = vocabulary.known(needed)
+    return [word for word in needed if word not in known]
+
+
 def find_sums(tokens: Tokens, vocabulary: Vocabulary) -> list[Sum]:
     """All `a+b=` in some sequences.
 

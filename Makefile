@@ -27,7 +27,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test-slow: $(INSTALLED)  ## What training reaches, into slow.xml: a quarter of an hour; the real model only where it is at hand.
+test-slow: $(INSTALLED)  ## What training reaches, into slow.xml: forty minutes; the real model only where it is at hand.
 	$(BIN)/python -m pytest -m slow -s --junitxml slow.xml
 
 test-matrix: $(INSTALLED)  ## All tests on TransformerLens 2.16, 2.18, 3.9 and 4.3.

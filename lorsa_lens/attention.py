@@ -20,7 +20,7 @@ from lorsa_lens.functional.precision import product_dtype
 from lorsa_lens.functional.projection import project_heads, project_values
 from lorsa_lens.functional.rotary import plain_frequencies, rotary_angles, rotate
 from lorsa_lens.functional.tiles import Tiling, mix_by_tiles
-from lorsa_lens.functional.workspace import at_a_time
+from lorsa_lens.functional.workspace import Workspace, at_a_time
 from lorsa_lens.parameters import LorsaParameters
 
 HELD = 2**20
@@ -170,6 +170,7 @@ class LorsaAttention(LorsaParameters):
         side: Literal["Q", "K"],
         angles: tuple[Tensor, Tensor] | None,
         heads: slice = slice(None),
+        room: Workspace | None = None,
     ) -> Tensor:
         """Queries or keys of some heads, normalized and rotated."""
         cfg = self.cfg
@@ -180,7 +181,9 @@ class LorsaAttention(LorsaParameters):
         )
         adjacent_pairs = cfg.rotary_adjacent_pairs
         if cfg.qk_norm is None and not self._watched(before):
-            turned = project_heads(source, weight, bias, angles, adjacent_pairs=adjacent_pairs)
+            turned = project_heads(
+                source, weight, bias, angles, adjacent_pairs=adjacent_pairs, room=room
+            )
             return self._fire(after, turned)
         t = self._fire(before, project_heads(source, weight, bias))
         if cfg.qk_norm is not None:
@@ -282,14 +285,15 @@ class LorsaAttention(LorsaParameters):
         mask, dtype = self._mask(n_pos, n_pos, keep), product_dtype(x)
         x, source = x.to(dtype), source.to(dtype)
         held = at_a_time(HELD, x.device)
+        rooms = [Workspace(x) for _ in range(3)]
         step = max(1, held // max(1, batch * n_pos * (2 * cfg.d_qk_head + group)))
         for start in range(0, n_heads, step):
             heads = slice(start, min(start + step, n_heads))
             ov_heads = slice(heads.start * group, heads.stop * group)
-            q = self._looking(source, "Q", angles, heads)
-            k = self._looking(source, "K", angles, heads)
+            q = self._looking(source, "Q", angles, heads, rooms[0])
+            k = self._looking(source, "K", angles, heads, rooms[1])
             weight, bias = self.W_V[ov_heads].to(dtype), self.b_V[ov_heads].to(dtype)
-            v = project_values(x, weight, bias, group)
+            v = project_values(x, weight, bias, group, rooms[2])
             slope = None if slopes is None else slopes[heads]
             tiling = Tiling(mask, cfg.score_divisor, cfg.attn_scores_soft_cap, slope)
             mix_by_tiles(q, k, v, tiling, acts[..., ov_heads])

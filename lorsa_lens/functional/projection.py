@@ -1,5 +1,6 @@
 """Queries, keys and values of all circuits from what the attention reads."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorsa_lens.functional.rotary import turn_
-from lorsa_lens.functional.workspace import at_a_time
+from lorsa_lens.functional.workspace import Workspace, at_a_time
 
 SMALL_GROUP = 16
 """Rank-1 heads of a circuit below which its values are no product of their own."""
 
 HELD = 2**20
-"""Elements of gradients that are laid out anew at a time."""
+"""Elements of heads that are worked on at a time: what is rotated is still in a processor's cache."""
 
 
 def project_heads(
@@ -25,6 +26,7 @@ def project_heads(
     angles: tuple[Float[Tensor, "#batch pos pair"], Float[Tensor, "#batch pos pair"]] | None = None,
     *,
     adjacent_pairs: bool = False,
+    room: Workspace | None = None,
 ) -> Float[Tensor, "batch pos head dim"]:
     """`x W + b` of every head, rotated if there are angles.
 
@@ -37,14 +39,17 @@ def project_heads(
         bias: of each head.
         angles: cosines and sines, as in `rotate`.
         adjacent_pairs: as in `rotate`.
+        room: where the result goes, without gradients. None: memory of its own.
     """
     cos, sin = angles or (None, None)
     kind = x.device.type
     if x.dtype == torch.float32 and torch.is_autocast_enabled(kind):  # it sees no own operators
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-    plain = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    heads = (_projected if plain else project)(x, weight, bias, cos, sin, adjacent_pairs)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        heads = project(x, weight, bias, cos, sin, adjacent_pairs)
+    else:
+        heads = _projected(x, weight, bias, cos, sin, adjacent_pairs, room)
     return rearrange(heads, "h b s d -> b s h d")
 
 
@@ -53,6 +58,7 @@ def project_values(
     weight: Float[Tensor, "ov_head d_model"],
     bias: Float[Tensor, " ov_head"],
     group: int,
+    room: Workspace | None = None,
 ) -> Float[Tensor, "batch pos head group"]:
     """Values of all rank-1 heads, by circuit.
 
@@ -63,11 +69,12 @@ def project_values(
         weight: reading vectors.
         bias: of each rank-1 head.
         group: rank-1 heads of each circuit.
+        room: as in `project_heads`.
     """
     if group < SMALL_GROUP:
         return rearrange(F.linear(x, weight, bias), "b s (h g) -> b s h g", g=group)
     by_circuit = rearrange(weight, "(h g) m -> h m g", g=group)
-    return project_heads(x, by_circuit, rearrange(bias, "(h g) -> h g", g=group))
+    return project_heads(x, by_circuit, rearrange(bias, "(h g) -> h g", g=group), room=room)
 
 
 def _projected(
@@ -77,11 +84,24 @@ def _projected(
     cos: Tensor | None,
     sin: Tensor | None,
     adjacent_pairs: bool,
+    room: Workspace | None = None,
 ) -> Tensor:
     tokens = repeat(x, "b s m -> h (b s) m", h=weight.shape[0])  # a view if `x` is contiguous
-    heads = torch.baddbmm(bias[:, None], tokens, weight)
-    heads = rearrange(heads, "h (b s) d -> h b s d", b=x.shape[0])
-    return heads if cos is None or sin is None else turn_(heads, cos, sin, adjacent_pairs)
+    shape = weight.shape[0], *x.shape[:2], weight.shape[2]
+    out: Tensor = x.new_empty(shape) if room is None else room(*shape)
+    for heads in _at_a_time(out):
+        part = out[heads]
+        torch.baddbmm(bias[heads, None], tokens[heads], weight[heads], out=part.flatten(1, 2))
+        if cos is not None and sin is not None:
+            turn_(part, cos, sin, adjacent_pairs)
+    return out
+
+
+def _at_a_time(heads: Tensor) -> Iterator[slice]:
+    """Slices of [head, batch, pos, dim] to work on together."""
+    step = max(1, at_a_time(HELD, heads.device) // max(1, heads[:1].numel()))
+    for start in range(0, heads.shape[0], step):
+        yield slice(start, min(start + step, heads.shape[0]))
 
 
 @torch.library.custom_op("lorsa_lens::project", mutates_args=())
@@ -118,12 +138,11 @@ def project_backward(
     grad_x = torch.zeros_like(flat) if for_x else flat.new_empty(0, flat.shape[1])
     grad_weight, grad_bias = _rooms(grad, weight, for_weights)
     transposed = weight.stride(1) == 1  # reading vectors: the gradient is laid out as they are
-    step = max(1, at_a_time(HELD, x.device) // max(1, grad[0].numel()))
-    for start in range(0, weight.shape[0], step):
-        heads = slice(start, start + step)
+    room = Workspace(grad)
+    for heads in _at_a_time(grad):
         part = grad[heads]
         if cos is not None and sin is not None:
-            part = turn_(part.clone(), cos, -sin, adjacent_pairs)
+            part = turn_(room(*part.shape).copy_(part), cos, -sin, adjacent_pairs)
         part = rearrange(part, "h b s d -> h (b s) d")
         if for_weights:
             tokens = repeat(flat, "t m -> h t m", h=part.shape[0])

@@ -16,7 +16,7 @@ SMALL_GROUP = 16
 """Rank-1 heads of a circuit below which its values are no product of their own."""
 
 HELD = 2**20
-"""Elements of heads that are worked on at a time: what is rotated is still in a processor's cache."""
+"""Elements of heads worked on at a time: they are rotated while a processor's cache has them."""
 
 
 def project_heads(
@@ -47,7 +47,7 @@ def project_heads(
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        heads = project(x, weight, bias, cos, sin, adjacent_pairs)
+        heads: Tensor = project(x, weight, bias, cos, sin, adjacent_pairs)
     else:
         heads = _projected(x, weight, bias, cos, sin, adjacent_pairs, room)
     return rearrange(heads, "h b s d -> b s h d")

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from lorsa_lens import Lorsa, LorsaConfig, attention
 from lorsa_lens.functional import (
     active_rows,
-    pattern_free,
     precision,
     projection,
     selection,
@@ -198,7 +197,7 @@ def test_values_and_every_gradient_are_the_naive_ones(
     inputs = {"x": x} if frozen else {"x": x, **parameters}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tiles, "SCORES", n_scores)
-        patch.setattr(pattern_free, "FEW", few)
+        patch.setattr(active_rows, "FEW", few)
         patch.setattr(attention, "HELD", 10 * n_scores)
         patch.setattr(projection, "HELD", 10 * n_scores)
         with torch.no_grad():
@@ -219,7 +218,7 @@ def test_values_and_every_gradient_are_the_naive_ones(
 @pytest.mark.parametrize("few", [0.0, 1.0])
 @pytest.mark.parametrize("own", [True, False])
 def test_gradients_where_some_keys_are_hidden(few, own, monkeypatch):
-    monkeypatch.setattr(pattern_free, "FEW", few)
+    monkeypatch.setattr(active_rows, "FEW", few)
     keep = torch.rand(2, 6 if own else 1, 8) < 0.6
     q, k = torch.randn(2, 6, 3, 4), torch.randn(2, 8, 3, 4)
     v, slopes = torch.randn(2, 8, 3, 5), torch.tensor([0.5, 0.1, 0.0])

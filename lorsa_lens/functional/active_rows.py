@@ -10,6 +10,21 @@ from torch import Tensor
 
 from lorsa_lens.functional.tiles import Tiling
 
+FEW = 0.25
+"""Share of active rows up to which only these are worked on."""
+
+SAMPLED = 16
+"""One query in so many is asked first whether the active ones are few."""
+
+
+def few_active_rows(grad: Tensor, group: int) -> Tensor | None:
+    """`active_rows` if they are few; None if they are not, which a sample of them mostly tells."""
+    for part in (grad[:, ::SAMPLED], grad):
+        active = active_rows(part, group)
+        if active.sum() > FEW * active.numel():
+            return None
+    return active
+
 
 def active_rows(grad: Tensor, group: int) -> Tensor:
     """Bool[Tensor, "batch query head"]: whether any rank-1 head of a circuit has a gradient.

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lorsa_lens.functional.active_rows import active_rows, mix_backward_of_rows
+from lorsa_lens.functional.active_rows import few_active_rows, mix_backward_of_rows
 from lorsa_lens.functional.masks import AttentionMask
 from lorsa_lens.functional.tiles import Tiling, mix_by_tiles, mix_by_tiles_backward
-
-FEW = 0.25
-"""Share of queries with a gradient up to which only these are worked on."""
 
 
 @torch.library.custom_op("lorsa_lens::mix", mutates_args=())
@@ -62,8 +59,8 @@ def mix_backward(
     mask = AttentionMask(q.shape[1], k.shape[1], causal=causal, window=window, keep=keep)
     tiling = Tiling(mask, divisor, soft_cap, alibi_slopes, n_scores)
     if q.device.type == "cpu":  # elsewhere, asking would have to wait for the device
-        active = active_rows(grad, group=v.shape[3])
-        if active.sum() <= FEW * active.numel():
+        active = few_active_rows(grad, group=v.shape[3])
+        if active is not None:
             return mix_backward_of_rows(grad, q, k, v, tiling, active)
     return mix_by_tiles_backward(grad, q, k, v, tiling)
 

@@ -1,6 +1,6 @@
 """How time and memory of a forward pass grow with each size, as a plot.
 
-    python -m benchmarks.growth --out growth.svg
+    python -m benchmarks.growth --out docs/growth.png
 
 Sizes other than the one that grows are those of shape B. The published recipe is left out where its
 scores alone would take more than 2 GB.
@@ -11,6 +11,7 @@ import multiprocessing
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -25,6 +26,19 @@ GROWN = {
     "batch": (1, 4, 16, 64),
 }
 SCORES_MB = 2048
+
+
+class Point(NamedTuple):
+    """A forward pass at one size."""
+
+    size: int
+    ms: float
+    """The best run."""
+    mb: float
+    """Peak memory above the weights."""
+
+
+Curve = list[Point]
 
 
 def sizes(name: str) -> list[Shape]:
@@ -60,6 +74,36 @@ def measured_here(shape: Shape, recipe: str, repeats: int, threads: int) -> tupl
     return min(times), peak
 
 
+def curve(name: str, recipe: str, repeats: int, threads: int) -> Curve:
+    """A recipe's points as one size grows."""
+    points = []
+    for shape in sizes(name):
+        if fits(shape, recipe):
+            points.append(Point(getattr(shape, name), *measured(shape, recipe, repeats, threads)))
+            print(f"{name} {points[-1].size:6}  {recipe:9}", end="  ")
+            print(f"{points[-1].ms:9.1f} ms  {points[-1].mb:7.0f} MB")
+    return points
+
+
+def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
+    """A column for each size that grows: time above, memory below."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(3.2 * len(curves), 5.6), layout="constrained")
+    panels = figure.subplots(2, len(curves), squeeze=False)
+    for (name, by_recipe), above, below in zip(curves.items(), *panels, strict=True):
+        for recipe, points in by_recipe.items():
+            grown, ms, mb = zip(*points, strict=True)
+            above.loglog(grown, ms, marker="o", label=recipe)
+            below.loglog(grown, mb, marker="o")
+        above.set(title=name, ylabel="ms")
+        below.set(xlabel=name, ylabel="MB above the weights")
+    panels[0][0].legend()
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text, not outlines of letters
+        figure.savefig(out)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -68,26 +112,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(3.2 * len(options.grow), 5.6), layout="constrained")
-    panels = figure.subplots(2, len(options.grow), squeeze=False)
-    for column, name in enumerate(options.grow):
-        for recipe in ("ours", "published"):
-            found = [
-                (getattr(shape, name), *measured(shape, recipe, options.repeats, options.threads))
-                for shape in sizes(name)
-                if fits(shape, recipe)
-            ]
-            for line in found:
-                print(f"{name} {line[0]:6}  {recipe:9}  {line[1]:9.1f} ms  {line[2]:7.0f} MB")
-            for axis, at in ((panels[0][column], 1), (panels[1][column], 2)):
-                grown, values = [point[0] for point in found], [point[at] for point in found]
-                axis.loglog(grown, values, marker="o", label=recipe)
-        panels[0][column].set(title=name, ylabel="ms")
-        panels[1][column].set(xlabel=name, ylabel="MB above the weights")
-    panels[0][0].legend()
-    figure.savefig(options.out)
+    curves = {
+        name: {
+            recipe: curve(name, recipe, options.repeats, options.threads)
+            for recipe in ("ours", "published")
+        }
+        for name in options.grow
+    }
+    draw(curves, options.out)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import zoo
+from rich.console import Console
 
 from lorsa_lens import Lorsa, LorsaConfig
 from lorsa_lens.analysis.behaviours import operand_profiles
@@ -19,6 +20,7 @@ from lorsa_lens.analysis.behaviours.value_profiles import (
 from lorsa_lens.analysis.behaviours.words import find_sums
 from lorsa_lens.analysis.report import head_tables
 from lorsa_lens.analysis.strings import Vocabulary
+from lorsa_lens.cli.heads import _print_operands
 
 needs_hooked = pytest.mark.skipif(
     zoo.lacks("learned"), reason="planted heads stand in a HookedTransformer"
@@ -211,6 +213,12 @@ def test_the_report_has_the_profiles_and_the_token_pairs_of_named_circuits():
     assert len(tables["operands"]) == 11 * 4
     best = tables["operands"].sort_values("score", ascending=False)["head"].head(4)
     assert set(best) == {0, 1, 2, 3}
+    console = Console(record=True, width=120)
+    _print_operands(console, tables["operands"], n=4)
+    printed = console.export_text()
+    assert all(f"L0.{head}" in printed for head in range(4))
+    assert "27 to 43" in printed
+    assert "L0.4" not in printed
     named = tables["named"]
     circuits = named[named["kind"] == "qk"].groupby("head")["score"].max().nlargest(2)
     assert len(circuits) == 2

@@ -87,7 +87,6 @@ def curve(name: str, recipe: str, repeats: int, threads: int) -> Curve:
 
 def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
     """A column for each size that grows: time above, memory below."""
-    import matplotlib
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(3.2 * len(curves), 5.6), layout="constrained")
@@ -100,8 +99,7 @@ def draw(curves: dict[str, dict[str, Curve]], out: Path) -> None:
         above.set(title=name, ylabel="ms")
         below.set(xlabel=name, ylabel="MB above the weights")
     panels[0][0].legend()
-    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text, not outlines of letters
-        figure.savefig(out)
+    figure.savefig(out)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from lorsa_lens.functional.precision import product_dtype
 from lorsa_lens.functional.projection import project_heads, project_values
 from lorsa_lens.functional.rotary import plain_frequencies, rotary_angles, rotate
 from lorsa_lens.functional.tiles import Tiling, mix_by_tiles
-from lorsa_lens.functional.workspace import Workspace, at_a_time
+from lorsa_lens.functional.workspace import Workspace, blocks
 from lorsa_lens.parameters import LorsaParameters
 
 HELD = 2**20
@@ -185,7 +185,7 @@ class LorsaAttention(LorsaParameters):
                 source, weight, bias, angles, adjacent_pairs=adjacent_pairs, room=room
             )
             return self._fire(after, turned)
-        t = self._fire(before, project_heads(source, weight, bias))
+        t = self._fire(before, project_heads(source, weight, bias, room=room))
         if cfg.qk_norm is not None:
             gain = (self.q_norm if side == "Q" else self.k_norm)[heads]
             t = qk_rms_norm(t, gain, eps=cfg.qk_norm_eps, over=cfg.qk_norm)
@@ -284,11 +284,9 @@ class LorsaAttention(LorsaParameters):
         angles, slopes = self._angles_of_tokens(positions, 0, n_pos), self._slopes()
         mask, dtype = self._mask(n_pos, n_pos, keep), product_dtype(x)
         x, source = x.to(dtype), source.to(dtype)
-        held = at_a_time(HELD, x.device)
         rooms = [Workspace(x) for _ in range(3)]
-        step = max(1, held // max(1, batch * n_pos * (2 * cfg.d_qk_head + group)))
-        for start in range(0, n_heads, step):
-            heads = slice(start, min(start + step, n_heads))
+        of_a_head = batch * n_pos * (2 * cfg.d_qk_head + group)
+        for heads in blocks(n_heads, of_a_head, HELD, x.device):
             ov_heads = slice(heads.start * group, heads.stop * group)
             q = self._looking(source, "Q", angles, heads, rooms[0])
             k = self._looking(source, "K", angles, heads, rooms[1])

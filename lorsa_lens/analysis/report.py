@@ -57,19 +57,11 @@ def head_tables(
         "text": describe_heads(model, chosen, tokens, vocabulary=strings),
     }
     named = _joined(named_heads(frame).assign(found_on=name) for name, frame in scores.items())
-    records = record_attention(model, tokens, lorsas)
-    origins = {
-        layer: correspondence(model, lorsa, records[layer]) for layer, lorsa in lorsas.items()
-    }
-    spans = [span_histogram(frame).assign(layer=layer) for layer, frame in origins.items()]
-    overlaps = [circuit_overlap(model, lorsa, records[layer]) for layer, lorsa in lorsas.items()]
     heads = _strongest(named, n_named)
     tables = {
         **scores,
         "named": named,
-        "correspondence": _joined(origins.values()),
-        "spans": _joined(spans),
-        "circuits": _joined(overlaps),
+        **_origins(model, lorsas, tokens),
         "logits": _joined(
             top_logits(model, lorsas[layer], which, vocabulary=strings)
             for layer, which in heads.items()
@@ -91,6 +83,25 @@ def head_tables(
 def save_tables(tables: Mapping[str, "DataFrame"], folder: Path) -> list[Path]:
     """Write each table as CSV and as JSON."""
     return [file for name, frame in tables.items() for file in save_table(frame, folder / name)]
+
+
+def _origins(
+    model: nn.Module, lorsas: Mapping[int, Lorsa], tokens: Int[Tensor, "batch pos"]
+) -> dict[str, "DataFrame"]:
+    """Lorsa heads and circuits beside the attention heads of their layers."""
+    records = record_attention(model, tokens, lorsas)
+    shares = {
+        layer: correspondence(model, lorsa, records[layer]) for layer, lorsa in lorsas.items()
+    }
+    return {
+        "correspondence": _joined(shares.values()),
+        "spans": _joined(
+            span_histogram(frame).assign(layer=layer) for layer, frame in shares.items()
+        ),
+        "circuits": _joined(
+            circuit_overlap(model, lorsa, records[layer]) for layer, lorsa in lorsas.items()
+        ),
+    }
 
 
 def _strongest(named: "DataFrame", n: int) -> dict[int, list[int]]:

@@ -1,6 +1,5 @@
 """Queries, keys and values of all circuits from what the attention reads."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lorsa_lens.functional.rotary import turn_
-from lorsa_lens.functional.workspace import Workspace, at_a_time
+from lorsa_lens.functional.workspace import Workspace, blocks
 
 SMALL_GROUP = 16
 """Rank-1 heads of a circuit below which its values are no product of their own."""
@@ -89,19 +88,12 @@ def _projected(
     tokens = repeat(x, "b s m -> h (b s) m", h=weight.shape[0])  # a view if `x` is contiguous
     shape = weight.shape[0], *x.shape[:2], weight.shape[2]
     out: Tensor = x.new_empty(shape) if room is None else room(*shape)
-    for heads in _at_a_time(out):
+    for heads in blocks(shape[0], out[:1].numel(), HELD, x.device):
         part = out[heads]
         torch.baddbmm(bias[heads, None], tokens[heads], weight[heads], out=part.flatten(1, 2))
         if cos is not None and sin is not None:
             turn_(part, cos, sin, adjacent_pairs)
     return out
-
-
-def _at_a_time(heads: Tensor) -> Iterator[slice]:
-    """Slices of [head, batch, pos, dim] to work on together."""
-    step = max(1, at_a_time(HELD, heads.device) // max(1, heads[:1].numel()))
-    for start in range(0, heads.shape[0], step):
-        yield slice(start, min(start + step, heads.shape[0]))
 
 
 @torch.library.custom_op("lorsa_lens::project", mutates_args=())
@@ -139,7 +131,7 @@ def project_backward(
     grad_weight, grad_bias = _rooms(grad, weight, for_weights)
     transposed = weight.stride(1) == 1  # reading vectors: the gradient is laid out as they are
     room = Workspace(grad)
-    for heads in _at_a_time(grad):
+    for heads in blocks(grad.shape[0], grad[:1].numel(), HELD, x.device):
         part = grad[heads]
         if cos is not None and sin is not None:
             part = turn_(room(*part.shape).copy_(part), cos, -sin, adjacent_pairs)
